@@ -1,0 +1,102 @@
+# make demo    a fresh machine's first look: install, run the first lesson, print its table
+# make test    everything that continuous integration checks
+# make help    the other targets
+
+VENV := .venv
+BIN  := $(VENV)/bin
+JOBS ?= 2
+# The first Python from 3.11 on that can make environments; choose another: make demo PYTHON=/path/to/python3
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c $(NEW_ENOUGH) 2>/dev/null && { echo $$p; break; }; done)
+NEW_ENOUGH := 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
+# Quiet unless it fails; what pip said is in .venv/install.log.
+install = $(BIN)/python -m pip --disable-pip-version-check install $(1) > $(VENV)/install.log 2>&1 \
+	|| { tail -n 20 $(VENV)/install.log; exit 1; }
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test export notebooks bench workflows lab clean
+
+help:
+	@echo "make demo       install into .venv, run the first lesson, print its results table"
+	@echo "make test       everything that continuous integration checks (PYTEST='-k structure' for a part)"
+	@echo "make export     clean the notebooks and write kdnb/ from them"
+	@echo "make notebooks  run all notebooks with their defaults and keep the outputs (ONLY=10 for some)"
+	@echo "make bench      time the training loop and the data pipeline against plain PyTorch"
+	@echo "make workflows  check the workflow files"
+	@echo "make lab        run the first lesson in JupyterLab in a headless browser, take a picture"
+	@echo "make clean      remove what running and building left; .venv stays (remove it by hand)"
+
+# ---- environments: a stamp per set of extras, renewed when the requirements change
+
+$(VENV)/.made:
+	@test -n "$(PYTHON)" || { echo "kdnb needs Python >= 3.11 with venv; found none (name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3)" >&2; exit 1; }
+	@"$(PYTHON)" -c $(NEW_ENOUGH) 2>/dev/null || { echo "kdnb needs Python >= 3.11 with venv; $(PYTHON) is not" >&2; exit 1; }
+	@echo "making $(VENV) with $$("$(PYTHON)" -V)"
+	@"$(PYTHON)" -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.run-ok: $(VENV)/.made settings.ini setup.py pyproject.toml
+	@echo "installing kdnb[run] into $(VENV) (PyTorch is large: minutes the first time)"
+	@$(call install,-e '.[run]')
+	@touch $@
+
+$(VENV)/.dev-ok: $(VENV)/.made settings.ini setup.py pyproject.toml
+	@echo "installing kdnb[dev] into $(VENV) (PyTorch is large: minutes the first time)"
+	@$(call install,-e '.[dev]')
+	@touch $(VENV)/.run-ok $@
+
+$(VENV)/.lab-ok: $(VENV)/.dev-ok
+	@$(call install,-e '.[lab]')
+	@touch $@
+
+$(VENV)/.workflows-ok: $(VENV)/.made
+	@$(call install,'check-jsonschema>=0.33' 'zizmor>=1.20')
+	@touch $@
+
+# ---- what a visitor wants
+
+demo: $(VENV)/.run-ok
+	@mkdir -p runs
+	@rm -f runs/10_kd.ipynb
+	@$(BIN)/kdnb run 10_kd -o runs/10_kd.ipynb
+	@$(BIN)/kdnb results 10_kd
+	@echo "the executed notebook: runs/10_kd.ipynb"
+
+# Cheapest first; the last line is pytest's summary. OMP_NUM_THREADS=1 because JOBS notebooks run side by side.
+test: $(VENV)/.dev-ok
+	@OMP_NUM_THREADS=1 JOBS=$(JOBS) $(BIN)/python -m pytest -q --durations=10 --durations-min=5 \
+		tests/test_structure.py tests $(PYTEST)
+
+# ---- what an author wants
+
+export: $(VENV)/.dev-ok
+	@env -u IN_TEST $(BIN)/nbdev_clean
+	@env -u IN_TEST $(BIN)/nbdev_export
+
+# All of them run before any is written back.
+notebooks: export
+	@rm -rf runs/fresh && mkdir -p runs/fresh
+	@cd nbs && ls $(ONLY)*.ipynb | OMP_NUM_THREADS=1 xargs -P $(JOBS) -I{} sh -c ' \
+		start=$$(date +%s); \
+		if ../$(BIN)/python -m papermill {} ../runs/fresh/{} -k python3 --no-progress-bar > ../runs/fresh/{}.log 2>&1; \
+		then echo "ok   {} $$(($$(date +%s) - start)) s"; \
+		else echo "FAIL {}"; tail -n 25 ../runs/fresh/{}.log; exit 1; fi'
+	@cp runs/fresh/*.ipynb nbs/
+	@env -u IN_TEST $(BIN)/nbdev_clean
+
+bench: $(VENV)/.dev-ok
+	@$(BIN)/python tests/bench_training.py
+
+workflows: $(VENV)/.workflows-ok
+	@$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	@$(BIN)/zizmor --offline --quiet .github/workflows
+
+# Needs a Chromium on the PATH.
+lab: $(VENV)/.lab-ok
+	@mkdir -p runs
+	@$(BIN)/python tests/lab_run.py nbs/$(or $(ONLY),10_kd).ipynb runs/lab.png
+
+clean:
+	@rm -rf runs build dist kdnb.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find . -name .venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
+	@find nbs -name .ipynb_checkpoints -prune -exec rm -rf {} +

@@ -1,0 +1,452 @@
+"""Rules about the tree itself: what may import what, what a notebook holds, what is documented."""
+import ast
+import base64
+import configparser
+import io
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tokenize
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = Path(sysconfig.get_path("scripts"))
+NOTEBOOKS = {p.stem: p for p in sorted((ROOT / "nbs").glob("*.ipynb"))}
+PAPERS = [name for name in NOTEBOOKS if name >= "1"]
+HEAVY = {"matplotlib", "sklearn", "scipy", "torchvision", "papermill", "ray", "tqdm", "IPython", "yaml",
+         "PIL", "tensorboard", "nbformat", "nbclient", "pyautoattack", "timm"}
+AUTHORING = {"nbdev", "fastcore", "execnb", "ghapi"}
+TYPES = {"int": int, "float": float, "str": str, "bool": bool}
+# "(B, K) raw scores", "scalar, nats", "any shape"
+SHAPE = re.compile(r"\([^()]*\b[A-Z]\b[^()]*\)|\bscalar\b|\bshape\b")
+# a folder of somebody's machine
+MACHINE = re.compile(r"(?<![\w.~])/(home|root|tmp|work|Users)/|\b[A-Z]:\\\\?\w")
+
+each_notebook = pytest.mark.parametrize("name", NOTEBOOKS)
+each_paper = pytest.mark.parametrize("name", PAPERS)
+
+
+# ---------------------------------------------------------------- reading the tree
+
+def load(name):
+    return json.loads(NOTEBOOKS[name].read_text(encoding="utf-8"))
+
+
+def sources(name, kind="code"):
+    return ["".join(c["source"]) for c in load(name)["cells"] if c["cell_type"] == kind and c["source"]]
+
+
+def directives(source):
+    return {line[2:].split(":")[0].split()[0] for line in source.splitlines() if re.match(r"#\|\s*\w", line)}
+
+
+def is_exported(source):
+    return bool(directives(source) & {"export", "exports", "exporti"})
+
+
+def code_lines(source):
+    "Lines that hold something, `#|` directives aside."
+    return [line for line in source.splitlines() if line.strip() and not line.startswith("#|")]
+
+
+def module_of(name):
+    "The module that a notebook exports, or None."
+    found = [m for s in sources(name) for m in re.findall(r"^#\|\s*default_exp\s+(\S+)", s, flags=re.M)]
+    assert len(found) <= 1, f"{name}: more than one default_exp: {found}"
+    return found[0] if found else None
+
+
+MODULES = {module_of(name): name for name in NOTEBOOKS if module_of(name)}
+each_module = pytest.mark.parametrize("module", MODULES)
+
+
+def parse(source):
+    "The syntax tree of a cell, IPython's own lines taken out."
+    if source.lstrip().startswith("%%"):
+        return ast.parse("")
+    return ast.parse("\n".join(re.sub(r"^(\s*)[%!?].*", r"\1pass", line) for line in source.splitlines()))
+
+
+def module_source(module):
+    return (ROOT / "kdnb" / f"{module}.py").read_text(encoding="utf-8")
+
+
+def number(name):
+    return int(name[:2])
+
+
+def floor(name):
+    "00-02 data, models, attacks; 03-09 training, evaluation, runs; 1x and 2x papers; 3x comparisons."
+    return 0 if number(name) <= 2 else 1 if number(name) <= 9 else number(name) // 10 + 1
+
+
+def imports(tree):
+    "(module or None, name or None, node) of every import; `None` as module means the package itself."
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(filter(None, ["kdnb" if node.level else "", node.module]))
+            yield from ((base, alias.name, node) for alias in node.names)
+
+
+def public(module):
+    "The `__all__` that nbdev wrote."
+    for node in ast.parse(module_source(module)).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            return ast.literal_eval(node.value)
+    return []
+
+
+def run(*command, **kw):
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, **kw)
+
+
+def nbdev(command, folder, *args):
+    "Run an nbdev command in `folder`, with that folder's settings.ini alone."
+    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
+    env["XDG_CONFIG_HOME"] = str(folder / ".config")
+    done = run(SCRIPTS / command, *args, cwd=folder, env=env)
+    assert done.returncode == 0, f"{command}: {done.stderr[-2000:]}"
+
+
+# ---------------------------------------------------------------- numbers, names, modules
+
+@each_notebook
+def test_name_is_number_and_name(name):
+    assert re.fullmatch(r"\d\d_[a-z][a-z0-9_]*", name), f"{name}.ipynb: notebooks are named NN_name.ipynb"
+
+
+def test_numbers_and_modules_are_unique():
+    assert len({number(n) for n in NOTEBOOKS}) == len(NOTEBOOKS), f"a number twice: {list(NOTEBOOKS)}"
+    exported = [m for m in map(module_of, NOTEBOOKS) if m]
+    assert len(set(exported)) == len(exported), f"two notebooks export one module: {sorted(exported)}"
+
+
+def test_package_holds_exactly_what_notebooks_export():
+    found = {p.stem for p in (ROOT / "kdnb").glob("*.py")} - {"__init__", "_modidx"}
+    extra, absent = found - set(MODULES), set(MODULES) - found
+    assert not extra and not absent, f"without a notebook: {extra}; not exported: {absent}"
+
+
+def test_version_is_the_same_everywhere():
+    ini = configparser.ConfigParser()
+    ini.read(ROOT / "settings.ini")
+    init = (ROOT / "kdnb/__init__.py").read_text()
+    version = ini["DEFAULT"]["version"]
+    assert init.strip() == f'__version__ = "{version}"', "kdnb/__init__.py holds the version alone"
+
+
+# ---------------------------------------------------------------- the notebooks and the package agree
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    "A copy of the notebooks, cleaned and exported anew."
+    folder = tmp_path_factory.mktemp("fresh")
+    (folder / "nbs").mkdir()
+    (folder / "kdnb").mkdir()
+    shutil.copy(ROOT / "settings.ini", folder)
+    shutil.copy(ROOT / "kdnb/__init__.py", folder / "kdnb")
+    for path in NOTEBOOKS.values():
+        shutil.copy(path, folder / "nbs")
+    nbdev("nbdev_clean", folder)
+    nbdev("nbdev_export", folder)
+    return folder
+
+
+@each_notebook
+def test_notebook_is_clean(fresh, name):
+    same = (fresh / "nbs" / f"{name}.ipynb").read_bytes() == NOTEBOOKS[name].read_bytes()
+    assert same, f"nbdev_clean changes {name}.ipynb: run `make export`"
+
+
+@pytest.mark.parametrize("module", [*MODULES, "_modidx"])
+def test_export_is_in_sync(fresh, module):
+    same = (fresh / "kdnb" / f"{module}.py").read_text() == module_source(module)
+    assert same, f"kdnb/{module}.py is not what the notebooks export: run `make export`"
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["with-settings", "without-the-key"])
+def test_parameters_tag_survives_cleaning(tmp_path, keep):
+    """Without the tag papermill would silently run the defaults.
+
+    The second case shows that the key in settings.ini is what keeps it.
+    """
+    settings = (ROOT / "settings.ini").read_text()
+    if not keep:
+        settings = re.sub(r"^allowed_cell_metadata_keys.*\n", "", settings, flags=re.M)
+    (tmp_path / "settings.ini").write_text(settings)
+    (tmp_path / "nbs").mkdir()
+    copies = [Path(shutil.copy(NOTEBOOKS[name], tmp_path / "nbs")) for name in PAPERS]
+    cell = nbformat.v4.new_code_cell("seed: int = 0  # any", metadata={"tags": ["parameters"], "other": 1})
+    kernel = {"name": "python3", "display_name": "python3", "language": "python"}
+    copies.append(tmp_path / "nbs/90_own.ipynb")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": kernel}), copies[-1])
+    nbdev("nbdev_clean", tmp_path)
+    for path in copies:
+        kept = [c for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", [])]
+        assert len(kept) == keep, f"{path.name}: {len(kept)} cells tagged parameters after nbdev_clean"
+    assert "other" not in nbformat.read(copies[-1], 4).cells[0].metadata, "nbdev_clean did nothing here"
+
+
+def test_lint():
+    done = run(SCRIPTS / "ruff", "check", "--quiet", "--output-format=concise", "--no-cache", ".", cwd=ROOT)
+    assert done.returncode == 0, "\n" + done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------- imports
+
+@each_module
+def test_module_imports_only_lower_floors(module):
+    for base, imported, node in imports(ast.parse(module_source(module))):
+        if base.split(".")[0] != "kdnb" or (base, imported) == ("kdnb", None):
+            continue  # `import kdnb` alone loads nothing
+        where = f"kdnb/{module}.py line {node.lineno}"
+        assert imported, f"{where}: `import {base}`; import explicit names: from kdnb.x import y"
+        if (base, imported) != ("kdnb", "__version__"):
+            other = base.removeprefix("kdnb").lstrip(".")
+            assert other in MODULES, f"{where}: {base} is no exported module; import names, not modules"
+            low, high = floor(MODULES[other]), floor(MODULES[module])
+            assert low < high, f"{where}: floor {high} imports {other} of floor {low}; only lower floors"
+
+
+@each_notebook
+def test_lesson_imports_only_earlier_notebooks(name):
+    for source in sources(name):
+        for base, imported, _ in imports(parse(source)):
+            other = base.removeprefix("kdnb").lstrip(".") if base.startswith("kdnb.") else imported
+            if base.split(".")[0] == "kdnb" and other in MODULES:
+                early = number(MODULES[other]) <= number(name)
+                assert early, f"{name} uses {other}, which a later notebook explains"
+
+
+@each_notebook
+def test_no_star_and_no_authoring_imports(name):
+    trees = [parse(s) for s in sources(name)]
+    if module_of(name):
+        trees.append(ast.parse(module_source(module_of(name))))
+    for base, imported, _ in (item for tree in trees for item in imports(tree)):
+        assert imported != "*", f"{name}: from {base} import *"
+        assert base.split(".")[0] not in AUTHORING, f"{name}: {base} is for authors, not for running"
+    assert not any("nbdev_export(" in s for s in sources(name)), f"{name}: remove the nbdev_export() cell"
+
+
+@each_module
+def test_heavy_imports_are_inside_functions(module):
+    tree = ast.parse(module_source(module))
+    inside = {n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    at_top = {base.split(".")[0] for base, _, node in imports(tree) if node not in inside}
+    assert not at_top & HEAVY, f"kdnb/{module}.py imports {at_top & HEAVY} at the top"
+
+
+@each_module
+def test_import_stays_light(module):
+    "In a fresh process nothing heavy is loaded beyond torch, and runs does not even need that."
+    before = "import sys" if module == "runs" else "import sys, torch"
+    code = f"{before}; old = set(sys.modules); import kdnb.{module}; print(*(set(sys.modules) - old))"
+    done = run(sys.executable, "-c", code, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    loaded = {m.split(".")[0] for m in done.stdout.split()}
+    heavy = loaded & (HEAVY | AUTHORING | ({"torch"} if module == "runs" else set()))
+    assert not heavy, f"import kdnb.{module} loads {sorted(heavy)}"
+
+
+# ---------------------------------------------------------------- what a notebook holds
+
+@each_notebook
+def test_title_cell(name):
+    first = load(name)["cells"][0]
+    lines = [line for line in "".join(first["source"]).splitlines() if line.strip()]
+    starts = [line[:2] for line in lines]
+    right = first["cell_type"] == "markdown" and starts == ["# ", "> "]
+    assert right, f"{name}: the first cell is `# Title` and `> one sentence`"
+
+
+@each_notebook
+def test_notebook_is_valid(name):
+    nb = nbformat.read(NOTEBOOKS[name], as_version=4)
+    nbformat.validate(nb)
+    assert nb.metadata.get("kernelspec", {}).get("name") == "python3", f"{name}: kernelspec is not python3"
+
+
+@each_paper
+def test_one_parameters_cell_of_literals(name):
+    cells = [c for c in load(name)["cells"] if "parameters" in c["metadata"].get("tags", [])]
+    assert len(cells) == 1 and cells[0]["cell_type"] == "code", f"{name}: {len(cells)} parameters cells"
+    source, names = "".join(cells[0]["source"]), []
+    for line in filter(str.strip, source.splitlines()):
+        rule = f"{name}: `{line}`: one `name: int|float|str|bool = literal  # meaning` per line"
+        body = ast.parse(line).body
+        assert len(body) == 1 and isinstance(body[0], ast.AnnAssign), rule
+        kind, value = TYPES.get(ast.unparse(body[0].annotation)), body[0].value
+        assert kind and re.search(r"\s#\s*\S", line), rule
+        assert type(ast.literal_eval(value)) is kind, f"{rule}; the value is no {kind.__name__}"
+        names.append(body[0].target.id)
+    assert len(set(names)) == len(names), f"{name}: a parameter appears twice"
+    missing = {"preset", "seed", "device", "root", "results"} - set(names)
+    assert not missing, f"{name}: every paper notebook has the parameters {sorted(missing)}"
+
+
+@each_notebook
+def test_no_leftovers_of_a_run(name):
+    nb = load(name)
+    assert "papermill" not in nb["metadata"], f"{name}: papermill's metadata is left"
+    for cell in nb["cells"]:
+        assert "injected-parameters" not in cell["metadata"].get("tags", []), f"{name}: injected parameters"
+
+
+@each_notebook
+def test_parameters_alone_decide(name):
+    for source in sources(name):
+        assert not re.search(r"#\|\s*eval\s*:\s*false", source), f"{name}: #| eval: false"
+        found = re.search(r"\bif\s+(not\s+)?CI\b|['\"]CI['\"]", source)
+        assert not found, f"{name}: {found and found[0]}; a notebook does not ask where it runs"
+
+
+def test_presets_fit_their_notebooks():
+    "Also catches YAML's `1e-3`, which is a string."
+    for path in sorted((ROOT / "nbs/params").glob("*")):
+        name, preset, suffix = path.name.split(".")
+        assert name in PAPERS and suffix == "yaml", f"{path.name}: presets are named NN_name.PRESET.yaml"
+        cell = next(c for c in load(name)["cells"] if "parameters" in c["metadata"].get("tags", []))
+        kinds = {n.target.id: TYPES[n.annotation.id] for n in ast.parse("".join(cell["source"])).body}
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert values.get("preset") == preset, f"{path.name}: holds preset: {values.get('preset')}"
+        assert set(values) <= set(kinds), f"{path.name}: unknown {sorted(set(values) - set(kinds))}"
+        for key, value in values.items():
+            right = type(value) in ((int, float) if kinds[key] is float else (kinds[key],))
+            assert right, f"{path.name}: {key}: {value!r} is no {kinds[key].__name__}"
+
+
+def test_results_are_one_card_per_line():
+    for path in sorted((ROOT / "nbs/results").glob("*.jsonl")):
+        assert path.stem in NOTEBOOKS, f"{path.name}: no notebook {path.stem}"
+        for line in path.read_text(encoding="utf-8").splitlines():
+            assert isinstance(json.loads(line), dict), f"{path.name}: a line is no card"
+
+
+# ---------------------------------------------------------------- budgets
+
+@each_module
+def test_exported_size(module):
+    name = MODULES[module]
+    lines = [x for s in sources(name) if is_exported(s) for x in code_lines(s)]
+    lines = [x for x in lines if not x.strip().startswith("#")]
+    assert len(lines) <= 250, f"{name}: {len(lines)} exported code lines, at most 250"
+    names = public(module)
+    assert 2 <= len(names) <= 14, f"{name}: {len(names)} public names, 2 to 14 allowed: {names}"
+
+
+@each_notebook
+def test_cells_are_small(name):
+    sizes = sorted(len(code_lines(s)) for s in sources(name) if code_lines(s))
+    share, middle = sum(n <= 18 for n in sizes) / len(sizes), statistics.median(sizes)
+    assert middle <= 6, f"{name}: the median code cell has {middle} lines, at most 6"
+    assert share >= 0.9, f"{name}: {share:.0%} of the code cells have <= 18 lines, 90 % should; {sizes[-8:]}"
+    assert sizes[-1] <= 40, f"{name}: a code cell of {sizes[-1]} lines, at most 40"
+
+
+@each_notebook
+def test_file_and_figures_are_small(name):
+    size = NOTEBOOKS[name].stat().st_size
+    assert size <= 400_000, f"{name}: {size:,} bytes, at most 400,000"
+    for cell in load(name)["cells"]:
+        bundles = [o.get("data", {}) for o in cell.get("outputs", [])]
+        bundles += cell.get("attachments", {}).values()
+        for kind, data in (item for bundle in bundles for item in bundle.items()):
+            if kind.startswith("image/"):
+                text = "".join(data)
+                size = len(text) if kind == "image/svg+xml" else len(base64.b64decode(text))
+                assert size <= 60_000, f"{name}: a figure of {size:,} bytes, at most 60,000"
+
+
+# ---------------------------------------------------------------- outputs
+
+@each_notebook
+def test_outputs_hold_no_trouble(name):
+    for cell in load(name)["cells"]:
+        start = "".join(cell["source"])[:60]
+        for out in cell.get("outputs", []):
+            assert out["output_type"] != "error", f"{name}: an error under `{start}`"
+            assert out.get("name") != "stderr", f"{name}: stderr under `{start}`: {out['text'][:3]}"
+            assert "\r" not in "".join(out.get("text", "")), f"{name}: a progress bar under `{start}`"
+
+
+def project_files():
+    "What git tracks or would add."
+    done = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / f for f in done.stdout.split("\0") if f and (ROOT / f).is_file()]
+
+
+def texts(nb):
+    "All that a reader sees of a notebook, but figures."
+    for cell in nb["cells"]:
+        yield "".join(cell["source"])
+        for out in cell.get("outputs", []):
+            data = out.get("data", {}) | {"text": out.get("text", "")}
+            yield from ("".join(v) for k, v in data.items() if not k.startswith(("image/", "application/")))
+
+
+def test_no_machine_paths():
+    for path in project_files():
+        if path == Path(__file__).resolve():
+            continue  # the rule itself
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        if path.suffix == ".ipynb":  # not the base64 of figures
+            text = "\n".join(texts(json.loads(text)))
+        found = MACHINE.search(text)
+        assert not found, f"{path.relative_to(ROOT)}: a path of a machine: {text[found.start():][:60]!r}"
+
+
+# ---------------------------------------------------------------- documentation
+
+def undocumented(source, names):
+    "What the public names of a module's source leave unsaid, one line per gap."
+    comments = {t.start[0]: t.string for t in tokenize.generate_tokens(io.StringIO(source).readline)
+                if t.type == tokenize.COMMENT}
+    gaps = []
+    for node in ast.parse(source).body:
+        if getattr(node, "name", None) not in names:
+            continue
+        if not ast.get_docstring(node):
+            gaps.append(f"{node.name}: no docstring")
+        functions = [node] if isinstance(node, ast.FunctionDef) else [
+            n for n in node.body if isinstance(n, ast.FunctionDef)
+            and (not n.name.startswith("_") or n.name in ("__init__", "__call__"))]
+        for f in functions:
+            where = f.name if f is node else f"{node.name}.{f.name}"
+            for arg in [*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs]:
+                if arg.annotation and re.search(r"\bTensor\b", ast.unparse(arg.annotation)):
+                    if not SHAPE.search(comments.get(arg.end_lineno, "")):
+                        gaps.append(f"{where}: tensor `{arg.arg}`: say its shape in the comment behind it")
+            if f.returns and ast.unparse(f.returns).endswith("Tensor"):
+                if not SHAPE.search(comments.get(f.returns.end_lineno, "")):
+                    gaps.append(f"{where}: returned tensor: say its shape in the comment behind it")
+    return gaps
+
+
+@each_module
+def test_public_names_are_documented(module):
+    gaps = undocumented(module_source(module), public(module))
+    assert not gaps, f"kdnb/{module}.py:\n" + "\n".join(gaps)
+
+
+def test_documentation_rule_sees_gaps():
+    good = 'def f(\n    x: Tensor,  # (B, K) scores\n) -> Tensor:  # scalar, nats\n    "Doc."\n'
+    assert undocumented(good, ["f"]) == []
+    assert len(undocumented(good.replace("(B, K) ", "").replace('    "Doc."', "    pass"), ["f"])) == 2
+    assert len(undocumented("class C:\n    'Doc.'\n    def step(self, x: Tensor): pass\n", ["C"])) == 1
