@@ -27,31 +27,37 @@ def random_stream(
     digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
-# %% ../nbs/00_data.ipynb #0a8f6352
+# %% ../nbs/00_data.ipynb #d9ade5c7
 @dataclass(frozen=True)
 class Images:
-    "Pictures and their labels, checked once. Float pictures in [0, 1] are accepted and rounded to 256 levels."
-    x: Tensor                 # (N, C, H, W) uint8
-    y: Tensor                 # (N,) int64 in [0, K)
+    "Pictures and their labels, checked once; floats in [0, 1] are accepted and rounded to 256 levels."
+
+    x: Tensor  # (N, C, H, W) uint8
+    y: Tensor  # (N,) int64 in [0, K)
     classes: tuple[str, ...]  # K names
 
     def __post_init__(self):
         x, y = self.x, torch.as_tensor(self.y).long()
         if x.ndim != 4: raise ValueError(f"images must be (N, C, H, W), got shape {tuple(x.shape)}")
-        if len(x) != len(y) or y.ndim != 1: raise ValueError(f"{len(x)} images but labels of shape {tuple(y.shape)}")
+        if len(x) != len(y) or y.ndim != 1:
+            raise ValueError(f"{len(x)} images but labels of shape {tuple(y.shape)}")
         if x.is_floating_point():
             if not bool(torch.isfinite(x).all()): raise ValueError("images hold NaN or infinite values")
             if x.numel() and (x.min() < 0 or x.max() > 1):
                 raise ValueError(f"float images must lie in [0, 1], got [{x.min():.3g}, {x.max():.3g}]")
             x = (x * 255).round().to(torch.uint8)
-        if x.dtype != torch.uint8: raise ValueError(f"images must be uint8, or float in [0, 1], got {x.dtype}")
+        if x.dtype != torch.uint8:
+            raise ValueError(f"images must be uint8, or float in [0, 1], got {x.dtype}")
         if len(y) and (y.min() < 0 or y.max() >= len(self.classes)):
             raise ValueError(f"labels must lie in [0, {len(self.classes)}), got [{y.min()}, {y.max()}]")
-        object.__setattr__(self, "x", x); object.__setattr__(self, "y", y)
+        object.__setattr__(self, "x", x)
+        object.__setattr__(self, "y", y)
 
-    def __len__(self): return len(self.x)
+    def __len__(self):
+        return len(self.x)
 
-    def to(self, device): return replace(self, x=self.x.to(device), y=self.y.to(device))
+    def to(self, device):
+        return replace(self, x=self.x.to(device), y=self.y.to(device))
 
     def subset(self, index: Tensor):
         "The images at `index` (int64 positions or a bool mask)."
@@ -61,34 +67,42 @@ class Images:
         "(N, C, H, W) float32 in [0, 1]; one conversion, for small pieces."
         return self.x[index].float().div_(255)
 
-# %% ../nbs/00_data.ipynb #bec029f5
+# %% ../nbs/00_data.ipynb #02d2eaad
 @dataclass(frozen=True)
 class Data:
     "A set in three parts, with what a network has to know about it."
-    name: str                 # label in tables; `folder:` sets carry their folder's name
+
+    name: str  # label in tables; `folder:` sets carry their folder's name
     train: Images
-    val: Images               # held out from train; for every choice
-    test: Images              # for the one final measurement
-    mean: tuple[float, ...]   # per channel, of train.x in [0, 1]
-    std: tuple[float, ...]    # the same
-    sha256: str               # of all pixels and labels, in order: the fingerprint for the run card
+    val: Images  # held out from train; for every choice
+    test: Images  # for the one final measurement
+    mean: tuple[float, ...]  # per channel, of train.x in [0, 1]
+    std: tuple[float, ...]  # the same
+    sha256: str  # of all pixels and labels, in order: the fingerprint for the run card
 
     @property
-    def num_classes(self): return len(self.train.classes)
+    def num_classes(self):
+        return len(self.train.classes)
+
     @property
-    def in_channels(self): return self.train.x.shape[1]
+    def in_channels(self):
+        return self.train.x.shape[1]
+
     @property
-    def image_size(self): return self.train.x.shape[-1]
+    def image_size(self):
+        return self.train.x.shape[-1]
 
     def to(self, device):
-        return replace(self, train=self.train.to(device), val=self.val.to(device), test=self.test.to(device))
+        return replace(
+            self, train=self.train.to(device), val=self.val.to(device), test=self.test.to(device)
+        )
 
     def describe(self) -> dict:
         "What a run card records: name, sizes, fingerprint."
         sizes = {part: len(getattr(self, part)) for part in ("train", "val", "test")}
         return {"name": self.name, "sha256": self.sha256, **sizes}
 
-# %% ../nbs/00_data.ipynb #c6e924ee
+# %% ../nbs/00_data.ipynb #194abe3d
 def _assemble(name, train, test, val_fraction, split_seed, sha256):
     if not 0 <= val_fraction < 1: raise ValueError(f"val_fraction must lie in [0, 1), got {val_fraction}")
     order = torch.randperm(len(train), generator=random_stream(split_seed, "split"))
@@ -98,15 +112,16 @@ def _assemble(name, train, test, val_fraction, split_seed, sha256):
     for part in (train, val, test):
         for tensor in (part.x, part.y): digest.update(tensor.contiguous().numpy())
     found = digest.hexdigest()
-    if sha256 and found != sha256: raise ValueError(f"{name}: sha256 of the loaded data is {found}, expected {sha256}")
+    if sha256 and found != sha256:
+        raise ValueError(f"{name}: sha256 of the loaded data is {found}, expected {sha256}")
     counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in train.x.unbind(1)]).double()
-    levels = torch.arange(256, dtype=torch.double) / 255          # exact moments from the 256 counts, no float copy
+    levels = torch.arange(256, dtype=torch.double) / 255  # exact moments from the 256 counts, no float copy
     share = counts / counts.sum(1, keepdim=True)
     mean = share @ levels
     std = (share @ levels**2 - mean**2).clamp(min=1e-12).sqrt()
     return Data(name, train, val, test, tuple(mean.tolist()), tuple(std.tolist()), found)
 
-# %% ../nbs/00_data.ipynb #db991f6f
+# %% ../nbs/00_data.ipynb #ee17e894
 _TORCHVISION = {  # name: (class in torchvision.datasets, a file that must exist, below root)
     "mnist": ("MNIST", "MNIST/raw/train-images-idx3-ubyte"),
     "fashion_mnist": ("FashionMNIST", "FashionMNIST/raw/train-images-idx3-ubyte"),
@@ -140,21 +155,22 @@ def check_data(
         folder = _root(root) / name.removeprefix("folder:")
         for part in ("train", "test"):
             if not any(p.is_dir() for p in (folder / part).glob("*")):
-                raise FileNotFoundError(f"data {name!r}: no folder {part}/CLASS/ in it; expected train/CLASS/* and "
-                                        "test/CLASS/* images (PATH is taken below root or $KDNB_DATA, or absolute)")
+                raise FileNotFoundError(f"data {name!r}: no folder {part}/CLASS/ there; expected images "
+                                        "train/CLASS/* and test/CLASS/* (PATH is below root or $KDNB_DATA, or absolute)")
         return
     if name not in list_data():
         near = get_close_matches(name, list_data(), 2, 0.4) or list_data()
-        raise ValueError(f"unknown data {name!r}; nearest: {', '.join(near)}; or folder:PATH for your own images")
+        raise ValueError(f"unknown data {name!r}; nearest: {', '.join(near)}; or folder:PATH for your own")
     if name != "digits" and not download and not (_root(root) / _TORCHVISION[name][1]).exists():
         raise FileNotFoundError(f"data {name!r}: no files found; get them with download=True, "
                                 "or set root or $KDNB_DATA to the folder that has them")
 
-# %% ../nbs/00_data.ipynb #227d7bb3
+# %% ../nbs/00_data.ipynb #974a78c0
 def _digits():
     from sklearn.datasets import load_digits
+
     bunch = load_digits()
-    x = torch.from_numpy(bunch.images / 16).float().unsqueeze(1)   # scans have 17 grey levels
+    x = torch.from_numpy(bunch.images / 16).float().unsqueeze(1)  # scans have 17 grey levels
     images = Images(x, torch.from_numpy(bunch.target), tuple("0123456789"))
     order = torch.randperm(len(images), generator=random_stream(0, "digits test"))
     return images.subset(order[450:]), images.subset(order[:450])
@@ -162,11 +178,14 @@ def _digits():
 
 def _torchvision(name, root, download):
     from torchvision import datasets
+
     kind, parts = getattr(datasets, _TORCHVISION[name][0]), []
     for train in (True, False):
         which = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
-        try: s = kind(str(root), download=download, **which)
-        except RuntimeError as error: raise ValueError(f"data {name!r}: {' '.join(str(error).split())}") from None
+        try:
+            s = kind(str(root), download=download, **which)
+        except RuntimeError as error:
+            raise ValueError(f"data {name!r}: {' '.join(str(error).split())}") from None
         if name.endswith("mnist"): _check_mnist(name, Path(s.raw_folder), s.resources)
         x, y = torch.as_tensor(s.data), torch.as_tensor(s.labels if name == "svhn" else s.targets)
         x = x.unsqueeze(1) if x.ndim == 3 else x if name == "svhn" else x.permute(0, 3, 1, 2)
@@ -176,7 +195,7 @@ def _torchvision(name, root, download):
 
 
 def _check_mnist(name, folder, resources):
-    "torchvision reads these files unchecked: compare with known sums, or with the sum of the archive beside them."
+    "torchvision reads these files unchecked: compare with known sums, or with the archive beside them."
     for file, md5 in ((Path(r).stem, m) for r, m in resources):
         path, archive = folder / file, folder / f"{file}.gz"
         good = True
@@ -184,13 +203,19 @@ def _check_mnist(name, folder, resources):
         elif archive.exists():
             packed = archive.read_bytes()
             good = hashlib.md5(packed).hexdigest() == md5 and gzip.decompress(packed) == path.read_bytes()
-        if not good: raise ValueError(f"data {name!r}: {file} is damaged (wrong checksum); delete it and load with download=True")
+        if not good:
+            raise ValueError(
+                f"data {name!r}: {file} is damaged (wrong checksum); delete it and load with download=True"
+            )
 
-# %% ../nbs/00_data.ipynb #ac681f2c
+# %% ../nbs/00_data.ipynb #ca738027
 def _folder(path, image_size):
     from safetensors import safe_open
     from safetensors.torch import save_file
-    files = {part: sorted(p for p in (path / part).glob("*/*") if p.is_file()) for part in ("train", "test")}
+
+    files = {
+        part: sorted(p for p in (path / part).glob("*/*") if p.is_file()) for part in ("train", "test")
+    }
     classes = tuple(sorted(p.name for p in (path / "train").iterdir() if p.is_dir()))
     if extra := {p.parent.name for p in files["test"]} - set(classes):
         raise ValueError(f"test/ has classes that train/ lacks: {sorted(extra)[:3]}")
@@ -202,43 +227,55 @@ def _folder(path, image_size):
     cache = home / f"{path.name}-{digest.hexdigest()[:16]}.safetensors"
     if not cache.exists():
         tensors = {f"{part}.x": _decode(files[part], image_size) for part in files}
-        for part in files: tensors[f"{part}.y"] = torch.tensor([classes.index(p.parent.name) for p in files[part]])
+        for part in files:
+            tensors[f"{part}.y"] = torch.tensor([classes.index(p.parent.name) for p in files[part]])
         home.mkdir(parents=True, exist_ok=True)
         part_file = cache.with_suffix(f".{os.getpid()}.part")
-        save_file(tensors, str(part_file)); os.replace(part_file, cache)
+        save_file(tensors, str(part_file))
+        os.replace(part_file, cache)
     try:
         with safe_open(str(cache), "pt") as f: t = {k: f.get_tensor(k) for k in f.keys()}
-    except Exception: raise ValueError(f"the cache file {cache.name} is damaged: delete it and load again") from None
+    except Exception:
+        raise ValueError(f"the cache file {cache.name} is damaged: delete it and load again") from None
     return [Images(t[f"{part}.x"], t[f"{part}.y"], classes) for part in ("train", "test")]
 
 
 def _decode(files, image_size):
     import numpy as np
     from PIL import Image, UnidentifiedImageError
+
     pictures, mode = [], None
     for p in files:
-        try: picture = Image.open(p); picture.load()
-        except (UnidentifiedImageError, OSError): raise ValueError(f"not a readable image: {p.parent.name}/{p.name}") from None
+        try:
+            picture = Image.open(p)
+            picture.load()
+        except (UnidentifiedImageError, OSError):
+            raise ValueError(f"not a readable image: {p.parent.name}/{p.name}") from None
         mode = mode or ("L" if picture.mode == "L" else "RGB")
         picture = picture.convert(mode)
         if image_size and picture.size != (image_size, image_size):
             scale = image_size / min(picture.size)
-            picture = picture.resize([max(image_size, round(s * scale)) for s in picture.size], Image.Resampling.BICUBIC)
+            picture = picture.resize(
+                [max(image_size, round(s * scale)) for s in picture.size], Image.Resampling.BICUBIC
+            )
             left, top = ((s - image_size) // 2 for s in picture.size)
             picture = picture.crop((left, top, left + image_size, top + image_size))
         pictures.append(np.asarray(picture))
         if pictures[-1].shape != pictures[0].shape or picture.width != picture.height:
-            raise ValueError(f"{p.parent.name}/{p.name} is {picture.width}x{picture.height}: images must be square and of one size; pass image_size=")
+            raise ValueError(
+                f"{p.parent.name}/{p.name} is {picture.width}x{picture.height}: "
+                "images must be square and of one size; pass image_size="
+            )
     x = torch.from_numpy(np.stack(pictures))
     return (x.unsqueeze(1) if x.ndim == 3 else x.permute(0, 3, 1, 2)).contiguous()
 
-# %% ../nbs/00_data.ipynb #82e0bb6a
+# %% ../nbs/00_data.ipynb #ed3d3ac9
 def load_data(
     name: str,                    # one of `list_data()`, or "folder:PATH"
     root: str | Path = "",        # where files are; "" is $KDNB_DATA, else ~/.cache/kdnb
     *,
     val_fraction: float = 0.1,    # in [0, 1): share of the training images held out for choices
-    split_seed: int = 0,          # which ones: kept fixed, so that all seeds of a run train on the same images
+    split_seed: int = 0,          # which ones: fixed, so that all seeds train on the same images
     device: str = "cpu",          # where the bytes live
     download: bool = False,       # may torchvision fetch missing files?
     image_size: int = 0,          # folders only: > 0 scales and cuts every image to this size
@@ -246,15 +283,16 @@ def load_data(
 ) -> Data:                        # uint8 tensors in three parts
     "Load a set whole; the same name, files and split give the same fingerprint."
     check_data(name, root, download)
+    path = name.removeprefix("folder:")
     if name == "digits": train, test = _digits()
-    elif name.startswith("folder:"): train, test = _folder(_root(root) / name.removeprefix("folder:"), image_size)
+    elif path != name: train, test = _folder(_root(root) / path, image_size)
     else: train, test = _torchvision(name, _root(root), download)
-    label = Path(name.removeprefix("folder:")).name
+    label = Path(path).name
     return _assemble(label, train, test, val_fraction, split_seed, sha256).to(device)
 
-# %% ../nbs/00_data.ipynb #a7951ab6
+# %% ../nbs/00_data.ipynb #948e81e8
 class Batches:
-    "Shuffled, augmented batches of float images in [0, 1], cut on the device; the same (seed, epoch) gives the same batches."
+    "Shuffled, augmented batches of floats in [0, 1], cut on the device; a function of (seed, epoch)."
 
     def __init__(
         self,
@@ -275,10 +313,13 @@ class Batches:
         self.images, self.batch_size, self.augment = images, batch_size, augment
         self.shuffle, self.drop_last, self.seed, self.next_epoch = shuffle, drop_last, seed, 0
         self.padding = padding if augment != "none" else 0
-        self.pixels = F.pad(images.x, [self.padding] * 4).permute(0, 2, 3, 1).contiguous()   # (N, H+2p, W+2p, C)
+        padded = F.pad(images.x, [self.padding] * 4)
+        if augment == "crop_flip": padded = torch.cat([padded, padded.flip(3)])   # mirrored image i is image N + i
+        self.pixels = padded.permute(0, 2, 3, 1).contiguous()   # (N or 2N, H+2p, W+2p, C)
 
     def __len__(self):
-        return len(self.images) // self.batch_size if self.drop_last else -(-len(self.images) // self.batch_size)
+        whole, rest = divmod(len(self.images), self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
 
     def __iter__(self):
         self.next_epoch += 1
@@ -294,33 +335,34 @@ class Batches:
         rank, world = _rank_and_world()
         if size % world: raise ValueError(f"batch_size {size} is not divisible by {world} processes")
         device = self.pixels.device
-        order = torch.randperm(n, generator=random_stream(self.seed, "order", epoch)) if self.shuffle else torch.arange(n)
+        order = torch.arange(n)
+        if self.shuffle: order = torch.randperm(n, generator=random_stream(self.seed, "order", epoch))
         draw = random_stream(self.seed, "augmentation", epoch)
         shift = torch.randint(0, 2 * self.padding + 1, (n, 2), generator=draw)
-        mirror = torch.rand(n, generator=draw) < 0.5
+        mirror = torch.rand(n, generator=draw) < (0.5 if self.augment == "crop_flip" else 0.0)
         order, shift, mirror = order.to(device), shift.to(device), mirror.to(device)
         for k in range(start, len(self)):
-            last = min((k + 1) * size, n)
-            share = slice(k * size + rank * (last - k * size) // world, k * size + (rank + 1) * (last - k * size) // world)
-            yield self._cut(order[share], shift[share], mirror[share]), self.images.y[order[share]]
+            first, count = k * size, min(size, n - k * size)
+            share = slice(first + rank * count // world, first + (rank + 1) * count // world)
+            yield self._cut(order[share] + n * mirror[share], shift[share]), self.images.y[order[share]]
 
-    def _cut(self, index, shift, mirror):
+    def _cut(self, index, shift):
         if self.augment == "none": pixels = self.pixels.index_select(0, index)
         else:
             _, high, wide, c = self.pixels.shape
             h, w = self.images.x.shape[2:]
             rows = torch.arange(h, device=index.device)
-            starts = ((index[:, None] * high + shift[:, :1] + rows) * wide + shift[:, 1:]) * c     # (B, h) byte offsets
+            starts = ((index[:, None] * high + shift[:, :1] + rows) * wide + shift[:, 1:]) * c   # (B, h)
             flat = self.pixels.view(-1)
-            every_row = flat.as_strided((flat.numel() - w * c + 1, w * c), (1, 1))                 # a view: row i starts at byte i
+            every_row = flat.as_strided((flat.numel() - w * c + 1, w * c), (1, 1))   # a view: row i from byte i
             pixels = every_row.index_select(0, starts.view(-1)).view(-1, h, w, c)
-            if self.augment == "crop_flip": pixels = torch.where(mirror[:, None, None, None], pixels.flip(2), pixels)
         return pixels.permute(0, 3, 1, 2).float().div_(255)
 
 
 def _rank_and_world():
     from torch import distributed as dist
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    if not (dist.is_available() and dist.is_initialized()): return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 # %% ../nbs/00_data.ipynb #1738d246
 def moons(

@@ -14,21 +14,24 @@ from torch import Tensor, nn
 
 from .training import sgd
 
-# %% ../nbs/10_kd.ipynb #65016669
+# %% ../nbs/10_kd.ipynb #718ce5cb
 def kd_loss(
     student_logits: Tensor,         # (B, K) raw scores; gradient flows here
     teacher_logits: Tensor,         # (B, K) raw scores; no hidden detach: freezing is the caller's decision
     temperature: float = 4.0,       # > 0; 1 is plain KL
-    reduction: str = "batchmean",   # "batchmean" is the KL; "mean" also divides by K, as four official codes do
+    reduction: str = "batchmean",   # "batchmean" is the KL; "mean" also divides by K, as official codes do
 ) -> Tensor:                        # scalar, nats
     "T^2 KL(teacher || student) of softened outputs (Hinton et al. 2015, sec. 2)."
     if temperature <= 0: raise ValueError(f"temperature must be > 0, got {temperature}")
     if student_logits.shape != teacher_logits.shape:
-        raise ValueError(f"student and teacher disagree in shape: {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}")
-    if reduction not in ("batchmean", "mean"): raise ValueError(f"reduction must be batchmean or mean, got {reduction!r}")
+        shapes = f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
+        raise ValueError(f"student and teacher logits must have the same shape (B, K), got {shapes}")
+    if reduction not in ("batchmean", "mean"):
+        raise ValueError(f"reduction must be batchmean or mean, got {reduction!r}")
     log_student = F.log_softmax(student_logits / temperature, dim=1)
     log_teacher = F.log_softmax(teacher_logits / temperature, dim=1)
-    return temperature**2 * F.kl_div(log_student, log_teacher, reduction=reduction, log_target=True)
+    divergence = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+    return temperature**2 * (divergence if reduction == "batchmean" else divergence / student_logits.shape[1])
 
 # %% ../nbs/10_kd.ipynb #612c9b79
 class KD:

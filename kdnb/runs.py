@@ -25,16 +25,17 @@ from statistics import fmean, stdev
 
 from . import __version__
 
-# %% ../nbs/05_runs.ipynb #868316a8
+# %% ../nbs/05_runs.ipynb #b8f30c3a
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 
 def run_parameters(namespace: dict) -> dict:  # a notebook's `globals()` -> name: int, float, str or bool
-    "The annotated scalar variables of a notebook, without `_private` ones; if none is annotated, all scalar ones."
+    "The annotated scalar variables of a notebook, no `_private` ones; if none is annotated, all scalars."
     known = namespace.get("__annotations__") or namespace
-    return {k: v for k, v in namespace.items() if k in known and k[0] != "_" and type(v) in _TYPES.values()}
+    scalars = {k: v for k, v in namespace.items() if k in known and k[0] != "_" and type(v) in _TYPES.values()}
+    return {k: float(v) if known[k] is float else v for k, v in scalars.items()}  # lr = 1 is lr = 1.0
 
-# %% ../nbs/05_runs.ipynb #1b63f20c
-def _portable(parameters):  # as a card keeps them: of a path that leads elsewhere only its last name, and no `root`
+# %% ../nbs/05_runs.ipynb #b1e56692
+def _portable(parameters):  # as a card keeps them: no `root`, of a path to elsewhere only the last name
     def short(value):
         found = re.fullmatch(r"(folder:)?(?:/|~|\.\.[/\\]|[A-Za-z]:[/\\]).*?([^/\\]+)[/\\]*", str(value))
         return (found[1] or "") + found[2] if found else value
@@ -63,22 +64,23 @@ def _commit():  # "1a2b3c4", with "+" if anything but recorded results changed s
     except (OSError, subprocess.CalledProcessError):
         return None
 
-# %% ../nbs/05_runs.ipynb #4781eb19
+# %% ../nbs/05_runs.ipynb #9d1503ef
 def run_card(
-    notebook: str, parameters: dict,  # such as "10_kd"; what `run_parameters` returned, with `preset` and `seed`
+    notebook: str, parameters: dict,  # such as "10_kd"; what `run_parameters` returned
     metrics: dict,  # quantity -> one finite number; an "accuracy" is a fraction; tables leave `_names` out
     *, dataset: dict,  # its `name`, `sha256` and the sizes of its splits
-    started: float, seconds: float | None = None,  # `time.time()` at the start; duration in s, None: until now
+    started: float, seconds: float | None = None,  # time.time() at the start; duration in s, None: until now
     samples_per_s: float | None = None, extra: dict | None = None,  # training speed; a sweep, a curve, ...
 ) -> dict:  # JSON-able
     "What is needed to believe one run and to repeat it."
     import torch
-    if not re.fullmatch(r"[\w-]+", notebook) or not {"preset", "seed"} <= set(parameters) or "name" not in dataset:
-        raise ValueError("a run card needs a notebook's plain name, the parameters preset and seed, and the dataset's "
-                         f"name, got {notebook!r}, {sorted(parameters)}, {sorted(dataset)}")
+    if not re.fullmatch(r"[\w-]+", notebook) or {"preset", "seed"} - {*parameters} or "name" not in dataset:
+        raise ValueError("a card needs a plain notebook name, parameters preset and seed, a dataset name, "
+                         f"got {notebook!r}, {sorted(parameters)}, {sorted(dataset)}")
     for name, value in metrics.items():
-        if not isinstance(value, int | float) or not abs(value) < (1.0001 if "accuracy" in name else float("inf")):
-            raise ValueError(f"metric {name} must be one finite number, accuracies in [0, 1], got {value!r}")
+        limit = 1 if "accuracy" in name else sys.float_info.max
+        if not isinstance(value, int | float) or not abs(value) <= limit:
+            raise ValueError(f"metric {name} must be one finite float, accuracies in [0, 1], got {value!r}")
     card = {"notebook": notebook, "preset": parameters["preset"], "seed": parameters["seed"],
             "parameters": _portable(parameters), "metrics": metrics, "dataset": dataset,
             "device": _device_name(parameters.get("device", "cpu")), "threads": torch.get_num_threads(),
@@ -88,32 +90,34 @@ def run_card(
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))}
     return json.loads(json.dumps(card, allow_nan=False))
 
-# %% ../nbs/05_runs.ipynb #9c10e39d
-def save_card(card: dict, folder: str | Path) -> Path | None:  # of folder/NOTEBOOK.jsonl; "" keeps nothing: None
-    "Append the card as one line, safely beside other processes; earlier cards stay, also those of the same run."
+# %% ../nbs/05_runs.ipynb #7e094e2d
+def save_card(card: dict, folder: str | Path) -> Path | None:  # of NOTEBOOK.jsonl; folder "" keeps nothing
+    "Append the card as one line, safely beside other processes; earlier cards of the same run stay too."
     if not str(folder):
         return None
     path = Path(folder) / f"{card['notebook']}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")  # a last line that lost its end
+    line = json.dumps(card, allow_nan=False) + "\n"
     with open(path, "ab", buffering=0) as file:
-        file.write(b"\n" * torn + json.dumps(card, allow_nan=False).encode() + b"\n")
+        file.write(line.encode())
     return path
 
-# %% ../nbs/05_runs.ipynb #5b44abe6
+# %% ../nbs/05_runs.ipynb #ad5623a9
 _KEYS = ["notebook", "preset", "seed", "parameters", "metrics", "dataset", "device", "seconds", "started"]
 
-def load_cards(notebook: str, folder: str | Path | None = None) -> list:  # None: shipped, ./results and ./runs
+def load_cards(notebook: str, folder: str | Path | None = None) -> list:  # None: shipped, ./results, ./runs
     "All recorded runs of a notebook, the oldest first."
     folders = [_home() / "results", Path("results"), Path("runs")] if folder is None else [Path(folder)]
     cards = []
     for path in dict.fromkeys((f / f"{notebook}.jsonl").resolve() for f in folders):
         for number, line in enumerate(path.read_text("utf-8").split("\n") if path.exists() else [], 1):
             try:
-                cards += [{k: json.loads(line)[k] for k in _KEYS} | json.loads(line)] if line else []
-            except (ValueError, KeyError, TypeError) as error:
+                cards += [json.loads(line)] if line else []
+                if line and (missing := [k for k in _KEYS if k not in cards[-1]]):
+                    raise ValueError(f"no {', '.join(missing)}")
+            except (ValueError, TypeError) as error:
                 where = f"{path.parent.name}/{path.name}, line {number}"
-                raise ValueError(f"{where} is no run card: {type(error).__name__} {error}") from None
+                raise ValueError(f"{where} is no run card: {error}") from None
     return sorted(cards, key=lambda card: card["started"])
 
 # %% ../nbs/05_runs.ipynb #59bb25de
@@ -128,26 +132,30 @@ def notebooks() -> dict:  # name -> path, in the order of their numbers
 def _presets(name):  # -> {preset: path of its yaml file}
     return {p.name.split(".")[1]: p for p in sorted((_home() / "params").glob(f"{name}.*.yaml"))}
 
-# %% ../nbs/05_runs.ipynb #a4e773aa
+# %% ../nbs/05_runs.ipynb #7df9e336
 def _known(kind, name, known):  # the name itself, or an error that offers the nearest ones
     if name in known:
         return name
-    raise ValueError(f"unknown {kind} {name!r}; nearest: {', '.join(get_close_matches(name, known, 3, 0.5) or known)}")
+    near = get_close_matches(str(name), known, 3, 0.5) or known
+    raise ValueError(f"unknown {kind} {name!r}; nearest: {', '.join(near)}")
 
 def _find(name):  # "kd" or "10_kd" -> "10_kd"
     full = {n: n for n in notebooks()} | {n.split("_", 1)[1]: n for n in notebooks()}
     return full[_known("notebook", name, full)]
 
-# %% ../nbs/05_runs.ipynb #095ba340
+# %% ../nbs/05_runs.ipynb #6d22cde4
+def _read_cells(path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+
 def _first_cells(path):  # sources of the parameters cell and of the setup cell behind it
-    cells = [c for c in json.loads(Path(path).read_text("utf-8"))["cells"] if c["cell_type"] == "code"]
+    cells = [c for c in _read_cells(path) if c["cell_type"] == "code"]
     at = [i for i, c in enumerate(cells) if "parameters" in c["metadata"].get("tags", [])]
     if len(at) != 1:
-        raise ValueError(f"{Path(path).stem} cannot be run: {len(at)} cells are tagged `parameters`, one must be")
+        raise ValueError(f"{Path(path).stem} cannot be run: {len(at)} of its cells are tagged `parameters`")
     return ["".join(c["source"]) for c in cells[at[0]:at[0] + 2]]
 
-# %% ../nbs/05_runs.ipynb #2e79e727
-def read_parameters(path: str | Path) -> dict:  # of a notebook -> name: (type, default, help)
+# %% ../nbs/05_runs.ipynb #90992934
+def read_parameters(path: str | Path) -> dict:  # of a notebook -> {name: (type, default, help)}
     "What a notebook can be asked: the literals of its one cell tagged `parameters`, read without running it."
     found = {}
     for line in _first_cells(path)[0].splitlines():
@@ -155,22 +163,24 @@ def read_parameters(path: str | Path) -> dict:  # of a notebook -> name: (type, 
             try:
                 node = ast.parse(line).body[0]
                 kind, value = _TYPES[node.annotation.id], ast.literal_eval(node.value)
-                found[node.target.id] = kind, value, line.encode()[node.end_col_offset:].decode().strip(" #")
+                comment = line.encode()[node.end_col_offset:].decode().strip(" #")
+                found[node.target.id] = kind, value, comment
                 _check(found, {node.target.id: value})
             except (AttributeError, KeyError, SyntaxError, ValueError):
                 rule = "must read `name: int|float|str|bool = literal  # meaning`"
                 raise ValueError(f"{Path(path).stem}: the parameter `{line}` {rule}") from None
     return found
 
-# %% ../nbs/05_runs.ipynb #c4b0e808
-_HINTS = {(float, str): " (YAML takes 1e-3 for text: write 1.0e-3)", (bool, str): " (write True or False)"}
-
+# %% ../nbs/05_runs.ipynb #630263ad
 def _check(declared, values):  # unknown names, wrong types
     for name, value in values.items():
         kind = declared[_known("parameter", name, declared)][0]
         fits = type(value) in ((float, int) if kind is float else (kind,))
         if not fits or (kind is float and not abs(value) < float("inf")):
-            raise ValueError(f"{name} must be {kind.__name__}, got {value!r}{_HINTS.get((kind, type(value)), '')}")
+            hint = " (write True or False)" if kind is bool else ""
+            if kind is float and isinstance(value, str) and _read(kind, value) != value:
+                hint = " (YAML takes 1e-3 for text: write 1.0e-3)"
+            raise ValueError(f"{name} must be {kind.__name__}, got {value!r}{hint}")
 
 def _read(kind, text):  # a value of the command line: as papermill's -p reads it, but text stays text
     try:
@@ -178,7 +188,7 @@ def _read(kind, text):  # a value of the command line: as papermill's -p reads i
     except (ValueError, SyntaxError):
         return text
 
-# %% ../nbs/05_runs.ipynb #696c425e
+# %% ../nbs/05_runs.ipynb #25ebd5f2
 def _yaml(path):
     import yaml
     try:
@@ -190,13 +200,15 @@ def _yaml(path):
     return values
 
 def _preset(name, preset):  # what a preset sets; it is a name or the path of a yaml file
-    files = _presets(name)
-    if preset in (None, "default") and preset not in files:
-        return {}
-    return _yaml(preset if preset.endswith((".yaml", ".yml")) else files[_known("preset", preset, files)])
+    files = {"default": None} | _presets(name)
+    if str(preset).endswith((".yaml", ".yml")):
+        return _yaml(preset)
+    file = files[_known("preset", preset or "default", files)]
+    return _yaml(file) if file else {}
 
-# %% ../nbs/05_runs.ipynb #67bbd87f
-_MACHINE = "seed device root results download threads workers compile progress checkpoint resume trackers".split()
+# %% ../nbs/05_runs.ipynb #e3efb7a9
+_MACHINE = ["seed", "device", "root", "results", "download", "threads", "workers", "compile", "progress",
+            "checkpoint", "checkpoints", "resume", "trackers"]  # who and where, not what
 
 def _protocol(parameters):  # what defines an experiment
     return {k: v for k, v in parameters.items() if k not in _MACHINE}
@@ -204,33 +216,37 @@ def _protocol(parameters):  # what defines an experiment
 def _label(card):  # the protocol in words, and whether it is exactly the shipped preset
     name, preset, data = card["notebook"], card["preset"], card["dataset"]["name"]
     defaults = {k: v[1] for k, v in read_parameters(notebooks()[name]).items()} if name in notebooks() else {}
-    usual = _portable(defaults | _preset(name, preset if preset in _presets(name) else None)) | {"preset": preset}
+    usual = defaults | (_preset(name, preset) if preset in _presets(name) else {}) | {"preset": preset}
+    usual = _portable(usual)
     values = _protocol(_portable(defaults) | card["parameters"])
     changes = [f"{k}={v}" for k, v in values.items() if k not in usual or usual[k] != v]
     return ", ".join([preset] + [f"on {data}"] * (data != preset) + changes), not changes
 
-# %% ../nbs/05_runs.ipynb #a6fd3169
+# %% ../nbs/05_runs.ipynb #c0e34888
 def _rows(label, cards, paper):  # cards of one protocol, one per seed -> one row for each quantity
     names = [*paper, *(name for card in cards for name in card["metrics"] if name[0] != "_")]
     rows = []
     for name in dict.fromkeys(n for n in names if n != "source"):
-        values = [c["metrics"][name] * (100 if "accuracy" in name else 1) for c in cards if name in c["metrics"]]
-        rows.append({"protocol": label, "quantity": name, "paper": paper.get(name), "source": paper.get("source"),
-                     "mean": fmean(values) if values else None, "std": stdev(values) if len(values) > 1 else None,
-                     "n": len(values), "seeds": [c["seed"] for c in cards if name in c["metrics"]],
+        found = {c["seed"]: c["metrics"][name] for c in cards if name in c["metrics"]}
+        values = [v * (100 if "accuracy" in name else 1) for v in found.values()]
+        rows.append({"protocol": label, "quantity": name, "paper": paper.get(name),
+                     "source": paper.get("source"), "n": len(values), "seeds": sorted(found),
+                     "mean": fmean(values) if values else None,
+                     "std": stdev(values) if len(values) > 1 else None,
                      "device": " / ".join(dict.fromkeys(c["device"] for c in cards)),
                      "minutes": fmean(c["seconds"] for c in cards) / 60,
                      "date": max(c["started"] for c in cards)[:10],
                      "commits": list(dict.fromkeys(c.get("commit") for c in cards))})
     return rows
 
-# %% ../nbs/05_runs.ipynb #7870f3e8
+# %% ../nbs/05_runs.ipynb #503094bd
 class ResultsTable:
-    "A results table: print shows text, Jupyter a table; `rows` (a list of dicts) has seeds and commits too."
+    "A results table: print shows text, Jupyter a table; `rows`, a list of dicts, has seeds and commits too."
     def __init__(self, notebook: str, rows: list):
         self.title, self.rows = f"{notebook}: the paper's numbers beside ours", rows
-        self.notes = ["ours: mean ± sample standard deviation over n seeds; accuracies in percent; minutes of one run"]
-        self.notes += dict.fromkeys(f"paper: {r['source']}" for r in rows if r["source"])
+        sources = dict.fromkeys(f"paper: {r['source']}" for r in rows if r["source"])
+        self.notes = ["ours: mean ± sample standard deviation over n seeds; accuracies in percent; "
+                      "minutes of one run", *sources]
 
     def _cells(self):
         cells, last = ["protocol quantity paper ours n device minutes date".split()], None
@@ -251,20 +267,21 @@ class ResultsTable:
 
     def _repr_markdown_(self):
         lines = ["| " + " | ".join(c.replace("|", r"\|") for c in row) + " |" for row in self._cells()]
-        return "\n".join([lines[0], "|---" * len(self._cells()[0]) + "|", *lines[1:], "", "<br>".join(self.notes)])
+        rule = "|---" * len(self._cells()[0]) + "|"
+        return "\n".join([lines[0], rule, *lines[1:], "", "<br>".join(self.notes)])
 
-# %% ../nbs/05_runs.ipynb #1a781179
+# %% ../nbs/05_runs.ipynb #a27d9127
 def results_table(
     notebook: str, cards: list | None = None,  # None: the recorded ones, `load_cards(notebook)`
     this_run: dict | None = None,  # the card of the run that asks; it gets rows of its own
-    paper: dict | None = None,  # preset -> {"source": text, quantity: number}, accuracies in %; None: as shipped
+    paper: dict | None = None,  # preset -> {"source": text, quantity: number}, accuracies in percent
 ) -> "ResultsTable":  # for print and for Jupyter
     "The paper's numbers beside ours. Of a protocol and a seed the newest card counts; no other is left out."
     file, groups = _home() / "results" / f"{notebook}.paper.yaml", {}
     if paper is None:
         paper = _yaml(file) if file.exists() else {}
-    cards = [("", c) for c in (load_cards(notebook) if cards is None else cards)]
-    for mine, card in sorted(cards, key=lambda c: c[1]["started"]) + [("this run: ", this_run)] * bool(this_run):
+    cards = sorted(load_cards(notebook) if cards is None else cards, key=lambda card: card["started"])
+    for mine, card in [("", c) for c in cards] + [("this run: ", this_run)] * bool(this_run):
         label, exact = _label(card)
         known = exact and card["preset"] in paper
         key = mine, not known, label, str(card["dataset"].get("sha256"))
@@ -275,7 +292,7 @@ def results_table(
         rows += _rows(mine + label, group, {} if unknown else paper[group[0]["preset"]])
     return ResultsTable(notebook, rows)
 
-# %% ../nbs/05_runs.ipynb #63c3ee4c
+# %% ../nbs/05_runs.ipynb #d39430ea
 def _job(name, preset, parameters):  # full name, the values to set, the values of all parameters
     name = _find(name)
     declared = read_parameters(notebooks()[name])
@@ -283,22 +300,31 @@ def _job(name, preset, parameters):  # full name, the values to set, the values 
     _check(declared, values)
     return name, values, {k: v[1] for k, v in declared.items()} | values
 
+# %% ../nbs/05_runs.ipynb #ec4bb0b8
 def _output_name(name, every):  # 10_kd.PRESET.what-differs.seed0.ipynb
     preset = every.get("preset", "default")
     card = {"notebook": name, "preset": preset, "parameters": _portable(every), "dataset": {"name": preset}}
     return re.sub(r"[^\w.=-]+", ".", f"{name}.{_label(card)[0]}.seed{every.get('seed', 0)}") + ".ipynb"
 
+def _check_output(output):  # its absolute path; never that of a lesson, not even through a link
+    output = Path(output).absolute()
+    for lesson in notebooks().values():
+        if output.resolve() == lesson or (output.exists() and output.samefile(lesson)):
+            raise ValueError(f"the output {output.name} would overwrite the lesson {lesson.name}")
+    if output.suffix != ".ipynb" or output.is_dir():
+        raise ValueError(f"the output must be a file that ends in .ipynb, got {output.name}")
+    return output
+
+# %% ../nbs/05_runs.ipynb #34cd864b
 def _check_setup(path, values, cwd):  # what parameters and setup cell raise becomes a ValueError here
     cells = [re.sub(r"(?m)^[%!].*", "", source) for source in _first_cells(path)]
     cells.insert(1, "\n".join(f"{k} = {v!r}" for k, v in values.items()))
     done = subprocess.run([sys.executable], input="\n".join(cells), cwd=cwd, capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"{path.stem}: {_last_line(done).removeprefix('ValueError: ')}")
+        said = re.split(r"(?m)^ .*\n", done.stderr)[-1] or f"its setup ended with code {done.returncode}"
+        raise ValueError(f"{path.stem}: {' '.join(said.split()).removeprefix('ValueError: ')}")
 
-def _last_line(done):  # of what a finished process wrote to stderr
-    return (done.stderr.strip() or f"ended with code {done.returncode}").splitlines()[-1].removeprefix("kdnb: ")
-
-# %% ../nbs/05_runs.ipynb #6d80e73a
+# %% ../nbs/05_runs.ipynb #24405246
 def run_notebook(
     name: str, *, preset: str | None = None,  # "10_kd" or "kd"; a named experiment or the path of a yaml file
     parameters: dict | None = None,  # name -> value, on top of the preset
@@ -308,37 +334,41 @@ def run_notebook(
 ) -> Path:  # of the executed notebook
     "Run a lesson: ValueError before any work if the input is bad, RuntimeError if a cell fails."
     name, values, every = _job(name, preset, parameters)
-    path, output = notebooks()[name], Path(output or Path("runs") / _output_name(name, every)).absolute()
-    same = [p.name for p in notebooks().values() if output.resolve() == p or output.exists() and output.samefile(p)]
-    if same or output.suffix != ".ipynb" or output.is_dir():
-        raise ValueError(f"the output must be a file *.ipynb and no lesson, got {output.name}" + " = ".join(["", *same]))
+    output = _check_output(output or Path("runs") / _output_name(name, every))
     if not find_spec("papermill") or not find_spec("ipykernel"):
         raise ImportError('running notebooks needs papermill: pip install "kdnb[run]"')
     cwd = Path(cwd or _run_folder()).absolute()
-    _check_setup(path, values, cwd)
-    import papermill
+    _check_setup(notebooks()[name], values, cwd)
     output.parent.mkdir(parents=True, exist_ok=True)
+    log(f"{name}: preset {every.get('preset')}, seed {every.get('seed')}")
+    _execute(notebooks()[name], output, values, cwd, timeout)
+    return output
+
+# %% ../nbs/05_runs.ipynb #f4bee38a
+def _run_folder():  # where lessons work
+    return _home() if _CHECKOUT or "KDNB_NOTEBOOKS" in os.environ else Path.cwd()
+
+# %% ../nbs/05_runs.ipynb #9c9ac342
+def _execute(path, output, values, cwd, timeout):
+    import papermill
     part, failed = output.with_suffix(".part.ipynb"), output.with_suffix(".failed.ipynb")
     files = [re.sub("([{}])", r"\1\1", str(p)) for p in (path, part)]  # papermill fills {names} in
-    log(f"{name}: preset {every.get('preset')}, seed {every.get('seed')}")
     try:
-        papermill.execute_notebook(*files, values, kernel_name="python3", progress_bar=sys.stderr.isatty(),
-                                   cwd=str(cwd), execution_timeout=timeout)
+        papermill.execute_notebook(
+            *files, values, kernel_name="python3", progress_bar=sys.stderr.isatty(), cwd=str(cwd),
+            execution_timeout=timeout, extra_arguments=["--log-level=CRITICAL"])
     except BaseException as error:
         if part.exists():
             part.replace(failed)
         if not isinstance(error, Exception):
             raise
-        cell = f"cell [{error.exec_count}]: {error.ename}: {error.evalue}" if hasattr(error, "ename") else repr(error)
-        raise RuntimeError(f"{name} failed in {cell}; what ran is in {os.path.relpath(failed)}") from error
+        where = f"cell [{error.exec_count}]" if hasattr(error, "exec_count") else "the kernel"
+        why = f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
+        raise RuntimeError(f"{path.stem} failed in {where}: {why}; see {os.path.relpath(failed)}") from error
     part.replace(output)
     failed.unlink(missing_ok=True)
-    return output
 
-def _run_folder():
-    return _home() if _CHECKOUT or "KDNB_NOTEBOOKS" in os.environ else Path.cwd()
-
-# %% ../nbs/05_runs.ipynb #6ebf0fbc
+# %% ../nbs/05_runs.ipynb #4b2fd93b
 def sweep(
     name: str, grid: dict, *,  # "10_kd" or "kd"; parameter -> list of values, all combinations are run
     preset: str | None = None, parameters: dict | None = None, jobs: int = 1,  # runs at the same time
@@ -346,10 +376,11 @@ def sweep(
 ) -> dict:  # name of the executed notebook -> "done", "skipped" or "failed: why"
     "Run a grid; skip what is recorded, go on past a failed run. Bad input is refused before the first run."
     if jobs < 1 or not grid or not all(grid.values()):
-        raise ValueError(f"a sweep needs jobs >= 1 and values for each parameter, got jobs={jobs}, grid={grid}")
+        raise ValueError(f"a sweep needs jobs >= 1 and values to combine, got jobs={jobs}, grid={grid}")
     commands, report = {}, {}
     for point in product(*grid.values()):
-        name, values, every = _job(name, preset, {**(parameters or {}), **dict(zip(grid, point, strict=True))})
+        point = dict(zip(grid, point, strict=True))
+        name, values, every = _job(name, preset, (parameters or {}) | point)
         if every.get("results") == "":
             values["results"] = every["results"] = str(Path(folder).absolute())
         done = load_cards(name, _run_folder() / every.get("results", folder))
@@ -361,7 +392,8 @@ def sweep(
     def run(out):
         if out not in report:
             done = subprocess.run(commands[out], capture_output=True, text=True, env=env)
-            report[out] = f"failed: {_last_line(done)}" if done.returncode else "done"
+            said = (done.stderr.strip() or "no message").splitlines()[-1].removeprefix("kdnb: ")
+            report[out] = f"failed: {said}" if done.returncode else "done"
         log(f"{out}: {report[out]}")
     with ThreadPoolExecutor(jobs) as pool:
         try:
@@ -369,22 +401,42 @@ def sweep(
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return report
+    return {out: report[out] for out in commands}
 
-# %% ../nbs/05_runs.ipynb #fdea87e9
-def copy_notebooks(folder: str | Path, force: bool = False) -> list:  # True replaces files -> what was written
+# %% ../nbs/05_runs.ipynb #f6d1ffd9
+def copy_notebooks(folder: str | Path, force: bool = False) -> list:  # force: replace files -> the new paths
     "Put lessons, presets and recorded results into a folder, to read them in JupyterLab."
-    found = [*notebooks().values(), *(_home() / "params").glob("*.yaml"), *(_home() / "results").glob("*.*l")]
-    targets = [Path(folder) / p.relative_to(_home()) for p in found]
-    there = [str(t) for t in targets if t.exists()]
+    found = [*notebooks().values()]
+    for kind in ("params/*.yaml", "results/*.yaml", "results/*.jsonl"):
+        found += sorted(_home().glob(kind))
+    targets = {p: Path(folder) / p.relative_to(_home()) for p in found}
+    there = [str(t) for t in targets.values() if t.exists()]
     if there and (not force or Path(folder).resolve() == _home()):
-        raise ValueError(f"nothing was copied, {len(there)} files are there already, such as {there[0]}")
-    for source, target in zip(found, targets, strict=True):
+        raise ValueError(f"nothing was copied: {len(there)} files are there already, such as {there[0]}")
+    for source, target in targets.items():
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(source.read_bytes())
-    return targets
+    return list(targets.values())
 
-# %% ../nbs/05_runs.ipynb #522c14e3
+# %% ../nbs/05_runs.ipynb #653641f8
+def _list(name):  # what `kdnb list` prints
+    if name:
+        name = _find(name)
+        lines = [f"{name}: presets {', '.join(['default', *_presets(name)])}"]
+        for key, (kind, default, words) in read_parameters(notebooks()[name]).items():
+            lines.append(f"  {key:<16} {kind.__name__:<6} {default!r:<14} {words}")
+        return "\n".join(lines)
+    titles = {n: _read_cells(p)[0]["source"] for n, p in notebooks().items()}
+    return "\n".join(f"{n:<14} {''.join(t).splitlines()[0][2:]:<50} {' '.join(_presets(n))}".rstrip()
+                     for n, t in titles.items())
+
+# %% ../nbs/05_runs.ipynb #7ad1a8ab
+def _shown_table(path, name):  # the last results table that an executed notebook shows
+    outputs = [o for c in _read_cells(path) for o in c.get("outputs", [])]
+    texts = ["".join(o.get("data", {}).get("text/plain", o.get("text", ""))) for o in outputs]
+    return [results_table(name), *(t for t in texts if t.startswith(ResultsTable(name, []).title))][-1]
+
+# %% ../nbs/05_runs.ipynb #802e97e9
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(f"{message} (see {self.prog} --help)")
@@ -392,13 +444,13 @@ class _Parser(argparse.ArgumentParser):
 def _parser():
     top = _Parser(prog="kdnb", description="Knowledge distillation lessons: read them, run them, compare.")
     add = top.add_subparsers(dest="command", required=True).add_parser
-    show, results = add("list", help="the lessons; or the parameters of one"), add("results", help="recorded runs")
+    show, results = add("list", help="the lessons, or one's parameters"), add("results", help="recorded runs")
     run, grid = add("run", help="execute a lesson"), add("sweep", help="run a grid, skip what is recorded")
     copy = add("copy", help="put the lessons into a folder, to read them in JupyterLab")
     for sub in (show, results, run, grid):
         sub.add_argument("name", nargs="?" if sub in (show, results) else None, help="a lesson: 10_kd, or kd")
     for sub in (run, grid):
-        sub.add_argument("-f", dest="preset", metavar="PRESET", help="a named experiment or the path of a yaml file")
+        sub.add_argument("-f", dest="preset", metavar="PRESET", help="a named experiment, or a yaml file")
         sub.add_argument("-p", dest="set", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
         sub._negative_number_matcher = re.compile(r"-\.?\d[\d.eE+-]*")  # so that -1e-3 is a value
     run.add_argument("-o", dest="output", metavar="OUT.ipynb", help="default: runs/NAME.PRESET.seedN.ipynb")
@@ -408,40 +460,33 @@ def _parser():
     copy.add_argument("--force", action="store_true", help="replace files that are there")
     return top
 
-# %% ../nbs/05_runs.ipynb #5729e17b
-def _list(name):  # what `kdnb list` prints
-    if name:
-        name = _find(name)
-        lines = [f"{k:<16} {v[0].__name__:<6} {v[1]!r:<14} {v[2]}" for k, v in read_parameters(notebooks()[name]).items()]
-        return "\n".join([f"{name}: presets {', '.join(['default', *_presets(name)])}", *lines])
-    titles = {n: json.loads(p.read_text("utf-8"))["cells"][0]["source"] for n, p in notebooks().items()}
-    return "\n".join(f"{n:<14} {''.join(t).splitlines()[0][2:]:<48} {' '.join(_presets(n))}".rstrip() for n, t in titles.items())
-
-def _shown_table(path, name):  # the last results table that an executed notebook shows
-    outputs = [o for c in json.loads(path.read_text("utf-8"))["cells"] for o in c.get("outputs", [])]
-    texts = ["".join(o.get("data", {}).get("text/plain", o.get("text", ""))) for o in outputs]
-    return [results_table(name), *(t for t in texts if t.startswith(ResultsTable(name, []).title))][-1]
-
-def _command(args):
+# %% ../nbs/05_runs.ipynb #0c31dc84
+def _command(args):  # -> exit code
     if args.command == "list":
         print(_list(args.name))
     elif args.command == "copy":
-        print(f"{len(copy_notebooks(args.folder, args.force))} files copied; to read them: jupyter lab {args.folder}")
+        copied = copy_notebooks(args.folder, args.force)
+        print(f"{len(copied)} files copied; to read them: jupyter lab {args.folder}")
     elif args.command == "results":
         names = [_find(args.name)] if args.name else [n for n in notebooks() if load_cards(n)]
         print("\n\n".join(str(results_table(n)) for n in names) or "no recorded runs yet")
     else:
         kinds = {k: v[0] for k, v in read_parameters(notebooks()[_find(args.name)]).items()}
-        common = {"preset": args.preset, "parameters": {k: _read(kinds.get(k, str), v) for k, v in args.set}}
-        if args.command == "sweep":
-            grid = {k: [_read(kinds.get(k, str), v) for v in g.split(",")] for k, _, g in (g.partition("=") for g in args.grid)}
-            return int(any(s.startswith("failed") for s in sweep(args.name, grid, jobs=args.jobs, **common).values()))
-        out = run_notebook(args.name, output=args.output, **common)
-        print(f"\n{_shown_table(out, _find(args.name))}\n\nthe executed notebook: {os.path.relpath(out)}")
+        def read(name, text):
+            return _read(kinds.get(name, str), text)
+        common = {"preset": args.preset, "parameters": {k: read(k, v) for k, v in args.set}}
+        if args.command == "run":
+            out = run_notebook(args.name, output=args.output, **common)
+            print(f"\n{_shown_table(out, _find(args.name))}\n\nthe executed notebook: {os.path.relpath(out)}")
+        else:
+            pairs = [g.partition("=")[::2] for g in args.grid]
+            grid = {k: [read(k, v) for v in values.split(",")] for k, values in pairs}
+            report = sweep(args.name, grid, jobs=args.jobs, **common)
+            return int(any(state.startswith("failed") for state in report.values()))
     return 0
 
-# %% ../nbs/05_runs.ipynb #bef11eb1
-def main(argv: list | None = None) -> int:  # words behind `kdnb` -> 0, 1: a run failed, 2: bad input, 130: stopped
+# %% ../nbs/05_runs.ipynb #43eed2b6
+def main(argv: list | None = None) -> int:  # words -> 0 done, 1 a run failed, 2 bad input, 130 stopped
     "The `kdnb` command; an error is one line."
     try:
         return _command(_parser().parse_args(argv))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['seed_everything', 'pick_device', 'predict', 'accuracy', 'sgd', 'Supervised', 'History', 'fit', 'TensorBoard']
 
-# %% ../nbs/03_training.ipynb #6de46425
+# %% ../nbs/03_training.ipynb #8f1ae4bf
 import atexit
 import os
 import random
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -23,27 +24,30 @@ from torch import distributed as dist
 
 from .data import Images
 
-# %% ../nbs/03_training.ipynb #b48e14b5
+# %% ../nbs/03_training.ipynb #98e5f356
 def seed_everything(seed: int) -> None:
-    "Seed the global streams of Python, NumPy and PyTorch (dropout and attacks draw from them; data order does not)."
+    "Seed the global streams of Python, NumPy and PyTorch (for dropout; the order of data has its own)."
     random.seed(seed)
-    if "numpy" in sys.modules: sys.modules["numpy"].random.seed(seed % 2**32)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def pick_device(
     name: str = "auto",  # "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1"
-) -> torch.device:       # under torchrun, this process's own GPU
+) -> torch.device:  # under torchrun, this process's own GPU
     "The device to run on; asking for CUDA where there is none is an error, not a fallback."
     if name == "auto": name = "cuda" if torch.cuda.is_available() else "cpu"
-    try: device = torch.device(name)
+    try:
+        device = torch.device(name)
     except RuntimeError: raise ValueError(f"device must be auto, cpu or cuda, got {name!r}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} asked for, but there is no CUDA device here; use device='cpu'")
-    if device.type == "cuda" and device.index is None: device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return device
 
-# %% ../nbs/03_training.ipynb #eb34ee00
+# %% ../nbs/03_training.ipynb #d05b9fb4
 @torch.no_grad()
 def predict(
     model: nn.Module,           # called in evaluation mode, in float32; left exactly as found
@@ -55,7 +59,8 @@ def predict(
     device = next(model.parameters()).device
     try:
         model.eval()
-        return torch.cat([model(images.floats(slice(i, i + batch_size)).to(device)) for i in range(0, len(images), batch_size)])
+        pieces = [slice(i, i + batch_size) for i in range(0, len(images), batch_size)]
+        return torch.cat([model(images.floats(piece).to(device)) for piece in pieces])
     finally:
         for module, training in found: module.training = training
 
@@ -108,17 +113,20 @@ class Supervised:
         "Move the learning rate on."
         if self.schedule: self.schedule.step()
 
-# %% ../nbs/03_training.ipynb #4eb6fc12
+# %% ../nbs/03_training.ipynb #3a0edf86
 class History:
-    "Rows, one an epoch; `history['loss']` is a column. Holds the student's weights at the best validation epoch."
+    "Rows, one an epoch; `history['loss']` is a column. Keeps the student's weights of the best epoch."
 
     def __init__(self):
         self.rows: list[dict[str, float]] = []
-        self.best_epoch: int | None = None              # counted from 1
+        self.best_epoch: int | None = None  # counted from 1
         self.best_state: dict[str, Tensor] | None = None
 
-    def __len__(self): return len(self.rows)
-    def __getitem__(self, name: str) -> list[float]: return [row[name] for row in self.rows if name in row]
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, name: str) -> list[float]:
+        return [row[name] for row in self.rows if name in row]
 
     def add(self, row: dict[str, float], student: nn.Module, select: str) -> None:
         "Append a row; keep a copy of the weights if `row[select]` is the highest so far."
@@ -130,29 +138,37 @@ class History:
     def plot(self, *names: str, ax=None, **style):
         "Draw columns against epochs; returns the axes."
         import matplotlib.pyplot as plt
+
         ax = ax or plt.subplots(figsize=(4, 2.6))[1]
         for name in names: ax.plot(self["epoch"], self[name], label=name, **style)
-        ax.set_xlabel("epoch"); ax.legend(frameon=False)
+        ax.set_xlabel("epoch")
+        ax.legend(frameon=False)
         return ax
 
-# %% ../nbs/03_training.ipynb #fc362eb0
+# %% ../nbs/03_training.ipynb #f9837175
 class _Losses:
     "Named losses of an epoch; read from the device `flush` by `flush`."
 
-    def __init__(self): self.pending, self.sums, self.count = [], {}, 0
+    def __init__(self):
+        self.pending, self.sums, self.count = [], {}, 0
 
     def flush(self, step: int) -> None:
         "Add what is pending to the sums; `step` = steps done so far. Raises on the first non-finite loss."
         if not self.pending: return
         names = list(self.pending[0])
-        table = torch.stack([p[n] for p in self.pending for n in names]).double().view(len(self.pending), len(names))
-        if _world() > 1: dist.all_reduce(table); table /= _world()
+        table = torch.stack([torch.stack([p[n] for n in names]) for p in self.pending]).double()
+        if _world() > 1:
+            dist.all_reduce(table)
+            table /= _world()
         table, first, self.pending = table.cpu(), step - len(self.pending) + 1, []
         if len(bad := (~table.isfinite()).nonzero()):
             row, column = bad[0].tolist()
-            raise FloatingPointError(f"{names[column]} became {table[row, column]:g} at step {first + row}; lower the learning rate, "
-                                     "or resume from the last checkpoint, which is still good")
-        for name, value in zip(names, table.sum(0).tolist(), strict=True): self.sums[name] = self.sums.get(name, 0.0) + value
+            raise FloatingPointError(
+                f"{names[column]} became {table[row, column]:g} at step {first + row}; "
+                "lower the learning rate, or resume from the last checkpoint, which is still good"
+            )
+        for name, value in zip(names, table.sum(0).tolist(), strict=True):
+            self.sums[name] = self.sums.get(name, 0.0) + value
         self.count += len(table)
 
     def close(self) -> dict[str, float]:
@@ -162,33 +178,42 @@ class _Losses:
         return means
 
 
-def _world() -> int: return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def _world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
-# %% ../nbs/03_training.ipynb #e88fd1f9
+# %% ../nbs/03_training.ipynb #67420b2e
 class _Progress:
     def __init__(self, mode: str, total: int, epochs: int):
-        if mode not in ("auto", "bar", "notebook", "lines", "off"): raise ValueError(f"progress must be auto, bar, notebook, lines or off, got {mode!r}")
+        if mode not in ("auto", "bar", "notebook", "lines", "off"):
+            raise ValueError(f"progress must be auto, bar, notebook, lines or off, got {mode!r}")
         shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-        if mode == "auto": mode = "notebook" if hasattr(shell, "kernel") else "bar" if sys.stderr.isatty() else "lines"
+        if mode == "auto":
+            mode = "notebook" if hasattr(shell, "kernel") else "bar" if sys.stderr.isatty() else "lines"
         self.mode = "off" if _world() > 1 and dist.get_rank() else mode
-        self.epochs, self.total, self.done, self.text, self.last, self.start = epochs, total, 0, "", 0.0, time.monotonic()
+        self.epochs, self.total, self.done, self.text = epochs, total, 0, ""
+        self.start = self.last = time.monotonic()
         if self.mode == "bar":
             from tqdm import tqdm
+
             self.bar = tqdm(total=total, unit="step")
         if self.mode == "notebook":
             from IPython.display import display
+
             self.handle = display({"text/plain": "..."}, raw=True, display_id=True)
 
     def step(self) -> None:
         self.done += 1
         if self.mode == "bar": self.bar.update(1)
-        elif self.mode == "notebook" and self.done % 10 == 0 and (now := time.monotonic()) - self.last > 0.5:
+        elif self.mode == "notebook" and self.done % 10 == 0 and time.monotonic() - self.last > 0.5:
             from tqdm import tqdm
-            self.last, meter = now, tqdm.format_meter(self.done, self.total, now - self.start, ncols=60, unit="step")
+
+            self.last = time.monotonic()
+            meter = tqdm.format_meter(self.done, self.total, self.last - self.start, ncols=60, unit="step")
             self.handle.update({"text/plain": f"{meter}  {self.text}"}, raw=True)
 
     def epoch(self, row: dict) -> None:
-        shown = [f"{k} {v:.4g}" for k, v in row.items() if k not in ("epoch", "step", "seconds", "samples_per_s", "lr")]
+        hidden = ("epoch", "step", "seconds", "samples_per_s", "lr")
+        shown = [f"{k} {v:.4g}" for k, v in row.items() if k not in hidden]
         self.text = "  ".join([f"epoch {row['epoch']}/{self.epochs}", *shown, f"{row['seconds']:.1f} s"])
         if self.mode == "lines": print(self.text, flush=True)
         if self.mode == "bar": self.bar.set_postfix_str(self.text)
@@ -197,14 +222,15 @@ class _Progress:
         if self.mode == "bar": self.bar.close()
         if self.mode == "notebook": self.handle.update({"text/plain": self.text}, raw=True)
 
-# %% ../nbs/03_training.ipynb #13c8320f
+# %% ../nbs/03_training.ipynb #aec8e50a
 def _stateful(method) -> dict[str, object]:
-    return {k: v for k, v in vars(method).items() if hasattr(v, "state_dict") and hasattr(v, "load_state_dict")}
+    return {k: v for k, v in vars(method).items() if hasattr(v, "load_state_dict")}
 
 
 def _random_states() -> dict:
     states = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available(): states["cuda"] = torch.cuda.get_rng_state_all()
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
     if "numpy" in sys.modules:
         kind, keys, *rest = sys.modules["numpy"].random.get_state()
         states["numpy"] = (kind, keys.tolist(), *rest)
@@ -216,42 +242,51 @@ def _restore_random(states: dict) -> None:
     random.setstate((version, tuple(internal), gauss))
     torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available(): torch.cuda.set_rng_state_all(states["cuda"])
-    if "numpy" in states and "numpy" in sys.modules: sys.modules["numpy"].random.set_state(states["numpy"])
+    if "numpy" in states and "numpy" in sys.modules:
+        sys.modules["numpy"].random.set_state(states["numpy"])
 
-# %% ../nbs/03_training.ipynb #0987c600
+# %% ../nbs/03_training.ipynb #0b9684ab
 class _Checkpoint:
     def __init__(self, path, method, history, losses, done, config):
         self.path = Path(path) if path else None
-        self.method, self.history, self.losses, self.done, self.config = method, history, losses, done, config
+        self.method, self.history, self.losses = method, history, losses
+        self.done, self.config = done, config
 
     def save(self) -> None:
         if not self.path: return
         states = [_random_states()]
         if _world() > 1: dist.all_gather_object(states := [None] * _world(), _random_states())
-        if _world() == 1 or dist.get_rank() == 0:
-            parts = {k: v.state_dict() for k, v in _stateful(self.method).items()}
-            history = {k: getattr(self.history, k) for k in ("rows", "best_epoch", "best_state")}
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            part_file = self.path.with_name(f"{self.path.name}.part")
-            torch.save({"config": self.config, "parts": parts, "done": dict(self.done), "history": history, "random": states,
-                        "losses": (self.losses.sums, self.losses.count)}, part_file)
-            os.replace(part_file, self.path)
+        if _world() > 1 and dist.get_rank(): return
+        content = {
+            "config": self.config, "done": dict(self.done), "random": states, "history": vars(self.history),
+            "parts": {k: v.state_dict() for k, v in _stateful(self.method).items()},
+            "losses": (self.losses.sums, self.losses.count),
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part_file = self.path.with_name(f"{self.path.name}.part")
+        torch.save(content, part_file)
+        os.replace(part_file, self.path)
 
     def load(self) -> None:
         if not self.path or not self.path.exists(): return
-        try: saved = torch.load(self.path, map_location="cpu", weights_only=True); saved["config"]
+        name = self.path.name
+        try:
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            saved["config"]
         except Exception:
-            raise ValueError(f"{self.path.name} is not a complete checkpoint (truncated or of another kind); delete it to start anew") from None
-        if different := [k for k in self.config if saved["config"].get(k) != self.config[k]]:
-            k = different[0]
-            raise ValueError(f"{self.path.name} belongs to another run: its {k} is {saved['config'].get(k)}, not {self.config[k]}; delete it or use another path")
-        for name, part in _stateful(self.method).items(): part.load_state_dict(saved["parts"][name])
-        for name, value in saved["history"].items(): setattr(self.history, name, value)
+            raise ValueError(f"{name} is not a complete checkpoint (truncated or of another kind); "
+                             "delete it to start anew") from None
+        for key, mine in self.config.items():
+            if (theirs := saved["config"].get(key)) != mine:
+                raise ValueError(f"{name} belongs to another run: its {key} is {theirs}, not {mine}; "
+                                 "delete it or use another path")
+        for key, part in _stateful(self.method).items(): part.load_state_dict(saved["parts"][key])
+        vars(self.history).update(saved["history"])
         self.losses.sums, self.losses.count = saved["losses"]
         self.done.update(saved["done"])
         _restore_random(saved["random"][dist.get_rank() if _world() > 1 else 0])
 
-# %% ../nbs/03_training.ipynb #3bf827e4
+# %% ../nbs/03_training.ipynb #05a607f6
 def _join_processes(device: torch.device) -> None:
     "Join the other processes if torchrun started several."
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
@@ -263,9 +298,11 @@ def _join_processes(device: torch.device) -> None:
 def _average_gradients(optimizer, args, kwargs) -> None:
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not grads: return
-    flat = torch.cat([g.flatten() for g in grads])      # one message instead of one a tensor
-    dist.all_reduce(flat); flat /= _world()
-    for g, piece in zip(grads, flat.split([g.numel() for g in grads]), strict=True): g.copy_(piece.view_as(g))
+    flat = torch.cat([g.flatten() for g in grads])  # one message instead of one a tensor
+    dist.all_reduce(flat)
+    flat /= _world()
+    for g, piece in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        g.copy_(piece.view_as(g))
 
 
 def _same_everywhere(modules: Iterable[nn.Module]) -> None:
@@ -274,20 +311,22 @@ def _same_everywhere(modules: Iterable[nn.Module]) -> None:
         for module in modules:
             for tensor in module.state_dict().values(): dist.broadcast(tensor, 0)
 
-# %% ../nbs/03_training.ipynb #f8b62f72
+# %% ../nbs/03_training.ipynb #674bc2b6
 def _prepare(method, device, precision, compile, undo: ExitStack):
     "Place the networks, hook the optimisers; what is registered with `undo` is taken back at the end."
     parts = _stateful(method).values()
     modules = [m for m in parts if isinstance(m, nn.Module)]
     for module in modules:
         module.to(device)
-        if any(isinstance(m, nn.Conv2d) for m in module.modules()): module.to(memory_format=torch.channels_last)
+        if any(isinstance(m, nn.Conv2d) for m in module.modules()):
+            module.to(memory_format=torch.channels_last)
         if compile:
             module.compile()
             undo.callback(setattr, module, "_compiled_call_impl", None)
     for optimizer in (o for o in parts if isinstance(o, torch.optim.Optimizer)):
         if _world() > 1: undo.callback(optimizer.register_step_pre_hook(_average_gradients).remove)
-        if precision == "bf16": undo.callback(optimizer.register_step_post_hook(lambda *_: torch.clear_autocast_cache()).remove)
+        if precision == "bf16":
+            undo.callback(optimizer.register_step_post_hook(lambda *_: torch.clear_autocast_cache()).remove)
     return modules
 
 
@@ -302,27 +341,29 @@ def _check_batch(x: Tensor, y: Tensor) -> None:
     if len(x) != len(y): raise ValueError(f"{len(x)} images but {len(y)} labels in a batch")
     if not bool(torch.isfinite(x).all()): raise ValueError("the first batch holds NaN or infinite values")
     if x.ndim == 4 and (x.min() < 0 or x.max() > 1):
-        raise ValueError(f"images must be floats in [0, 1] (the network normalises), got [{x.min():.3g}, {x.max():.3g}]")
+        raise ValueError(
+            f"images must be floats in [0, 1] (the network normalises), got [{x.min():.3g}, {x.max():.3g}]"
+        )
     if y.min() < 0: raise ValueError(f"labels must be >= 0, got {y.min()}")
 
-# %% ../nbs/03_training.ipynb #1b0440c7
+# %% ../nbs/03_training.ipynb #4ced5ff2
 def fit(
-    method,                              # has `step(x, y)`; may have start_epoch(epoch), end_epoch(epoch); `student` is validated
-    batches: Iterable | None = None,     # `Batches`, or any re-iterable of (x, y); None for a method without data
+    method,                              # has `step(x, y)`; may have start_epoch(epoch), end_epoch(epoch)
+    batches: Iterable | None = None,     # `Batches` or any re-iterable of (x, y); None: no data
     *,
     epochs: int | None = None,           # passes over `batches`
     steps: int | None = None,            # total steps, when there are no batches
     epoch_steps: int = 100,              # then, steps between two rows of the history
-    validate: Images | Callable[[], dict] | None = None,   # images: "val_accuracy" of method.student; or your own metrics
+    validate: Images | Callable[[], dict] | None = None,  # for "val_accuracy"; or own metrics
     select: str = "val_accuracy",        # the metric whose highest value decides the best epoch
-    device: torch.device | str | None = None,   # None: where the networks are
+    device: torch.device | str | None = None,  # None: where the networks are
     seed: int = 0,                       # of the global streams, set at the start
     precision: str = "fp32",             # "fp32", or "bf16" autocast (validation stays fp32)
     compile: bool = False,               # torch.compile the networks
-    checkpoint: str | Path | None = None,   # file to resume from, if it exists, and to save to, after every epoch
+    checkpoint: str | Path | None = None,  # resume from this file if it exists; saved after every epoch
     checkpoint_steps: int = 0,           # > 0: also every so many steps
     max_steps: int = 0,                  # > 0: stop after so many steps in all (a trial run)
-    trackers: Iterable[Callable[[dict], object]] = (),   # each is called with every row
+    trackers: Iterable[Callable[[dict], object]] = (),  # each is called with every row
     progress: str = "auto",              # "auto", "bar", "notebook", "lines", "off"
 ) -> History:
     "Train a method; resumes where `checkpoint` left off, to the same bits."
@@ -331,78 +372,104 @@ def fit(
     _join_processes(device)
     seed_everything(seed + 1000003 * (dist.get_rank() if _world() > 1 else 0))
     history, losses, done = History(), _Losses(), {"epoch": 0, "batch": 0, "step": 0, "seconds": 0.0}
-    config = {"method": type(method).__name__, "seed": seed, "precision": precision, "epoch_steps": epoch_steps, "processes": _world(),
-              "shapes": [list(p.shape) for p in method.student.parameters()]}
     with ExitStack() as undo:
         modules = _prepare(method, device, precision, compile, undo)
-        keeper = _Checkpoint(checkpoint, method, history, losses, done, config)
-        keeper.load(); _same_everywhere(modules)
+        identity = _identity(method, seed, precision, epoch_steps)
+        keeper = _Checkpoint(checkpoint, method, history, losses, done, identity)
+        keeper.load()
+        _same_everywhere(modules)
         bar = _Progress(progress, (steps or epochs * epoch_steps) - done["step"], epochs)
         undo.callback(bar.close)
-        stop = min(filter(None, (steps, max_steps)), default=float("inf"))
+        run = SimpleNamespace(
+            method=method, batches=batches, epoch_steps=epoch_steps, losses=losses, done=done, keeper=keeper,
+            bar=bar, device=device, bf16=precision == "bf16", checkpoint_steps=checkpoint_steps,
+            stop=min(filter(None, (steps, max_steps)), default=float("inf")),
+        )
         for epoch in range(done["epoch"], epochs):
-            finished = _train_epoch(method, batches, epoch, epoch_steps, done, losses, keeper, bar, device, precision, checkpoint_steps, stop)
+            finished = _train_epoch(run, epoch)
             if not finished: break
             _same_everywhere(modules)
-            row = _row(method, epoch, done, losses.close(), finished)
+            row = _row(method, epoch, done, losses.close(), *finished)
             if isinstance(validate, Images): row["val_accuracy"] = accuracy(method.student, validate)
             elif validate: row |= validate()
             history.add(row, method.student, select)
             done |= {"epoch": epoch + 1, "batch": 0}
-            keeper.save(); bar.epoch(row)
+            keeper.save()
+            bar.epoch(row)
             for tracker in trackers: tracker(row)
+            if done["step"] >= run.stop: break
     return history
 
-# %% ../nbs/03_training.ipynb #bce76cc0
+# %% ../nbs/03_training.ipynb #9acf4f77
 def _plan(batches, epochs, steps, epoch_steps, precision) -> tuple[int, int]:
     "Check what was asked for; how many epochs, of how many steps."
-    if precision not in ("fp32", "bf16"): raise ValueError(f"precision must be fp32 or bf16, got {precision!r}")
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision must be fp32 or bf16, got {precision!r}")
     if batches is None:
-        if not steps or steps < 1 or epochs: raise ValueError(f"without batches, pass steps >= 1 (and no epochs), got steps={steps}, epochs={epochs}")
+        if epochs or not steps or steps < 1:
+            raise ValueError(f"without batches pass steps >= 1, and no epochs; got {steps} and {epochs}")
         return -(-steps // epoch_steps), epoch_steps
-    if steps or epochs is None or epochs < 0: raise ValueError(f"with batches, pass epochs >= 0 (and no steps), got epochs={epochs}, steps={steps}")
+    if steps or epochs is None or epochs < 0:
+        raise ValueError(f"with batches pass epochs >= 0, and no steps; got {epochs} and {steps}")
     return epochs, len(batches)
 
 
-def _train_epoch(method, batches, epoch, epoch_steps, done, losses, keeper, bar, device, precision, checkpoint_steps, stop):
-    "The steps of one epoch; returns (images, seconds) of this sitting, or None when stopped before its end."
-    begin, before, images, save = time.monotonic(), done["seconds"], 0, 0
-    if hasattr(method, "start_epoch"): method.start_epoch(epoch)
-    for x, y in _source(batches, epoch_steps, epoch, done["batch"]):
-        if x is not None:
-            x, y, images = x.to(device, non_blocking=True), y.to(device, non_blocking=True), images + len(x) * _world()
-            if done["step"] == 0 and not hasattr(batches, "epoch"): _check_batch(x, y)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            losses.pending.append(method.step(x, y))
-        done["batch"] += 1; done["step"] += 1
-        bar.step()
-        save = checkpoint_steps and done["step"] % checkpoint_steps == 0
-        if save or done["step"] % 50 == 0: losses.flush(done["step"])
-        done["seconds"] = before + time.monotonic() - begin
-        if save: keeper.save()
-        if done["step"] >= stop and done["batch"] < epoch_steps:
-            losses.flush(done["step"]); keeper.save()
-            return None
-    losses.flush(done["step"])
-    done["seconds"] = before + time.monotonic() - begin
-    if hasattr(method, "end_epoch"): method.end_epoch(epoch)
-    return images, time.monotonic() - begin
+def _identity(method, seed, precision, epoch_steps) -> dict:
+    "What must agree between a checkpoint and the run that resumes from it."
+    shapes = [list(p.shape) for p in method.student.parameters()]
+    return {
+        "method": type(method).__name__,
+        "seed": seed,
+        "precision": precision,
+        "steps an epoch": epoch_steps,
+        "number of processes": _world(),
+        "student": shapes,
+    }
 
 
-def _row(method, epoch, done, means, finished) -> dict[str, float]:
-    images, seconds = finished
+def _row(method, epoch, done, means, images, seconds) -> dict[str, float]:
+    "An epoch in numbers."
     optimizers = [o for o in _stateful(method).values() if isinstance(o, torch.optim.Optimizer)]
     rate = {"lr": optimizers[0].param_groups[0]["lr"]} if optimizers else {}
     speed = {"samples_per_s": images / seconds} if images else {}
     return {"epoch": epoch + 1, "step": done["step"], **means, **rate, "seconds": done["seconds"], **speed}
 
-# %% ../nbs/03_training.ipynb #a1c02b27
+# %% ../nbs/03_training.ipynb #8e8b8bdc
+def _train_epoch(run, epoch):
+    "The steps of one epoch; returns (images, seconds) of this sitting, or None when stopped before its end."
+    done, begin, before, images = run.done, time.monotonic(), run.done["seconds"], 0
+    if hasattr(run.method, "start_epoch"): run.method.start_epoch(epoch)
+    for x, y in _source(run.batches, run.epoch_steps, epoch, done["batch"]):
+        if x is not None:
+            x, y = x.to(run.device, non_blocking=True), y.to(run.device, non_blocking=True)
+            images += len(x) * _world()
+            if done["step"] == 0 and not hasattr(run.batches, "epoch"): _check_batch(x, y)
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
+            run.losses.pending.append(run.method.step(x, y))
+        done["batch"] += 1
+        done["step"] += 1
+        run.bar.step()
+        stopping = done["step"] >= run.stop and done["batch"] < run.epoch_steps
+        saving = stopping or (run.checkpoint_steps and done["step"] % run.checkpoint_steps == 0)
+        if saving or done["step"] % 50 == 0: run.losses.flush(done["step"])
+        if saving:
+            done["seconds"] = before + time.monotonic() - begin
+            run.keeper.save()
+        if stopping: return None
+    run.losses.flush(done["step"])
+    done["seconds"] = before + time.monotonic() - begin
+    if hasattr(run.method, "end_epoch"): run.method.end_epoch(epoch)
+    return images, done["seconds"] - before
+
+# %% ../nbs/03_training.ipynb #98551efa
 class TensorBoard:
     "A tracker for `fit`: writes every number of a row as a scalar of that name."
 
-    def __init__(self, folder: str | Path):   # where `tensorboard --logdir` looks
-        try: from torch.utils.tensorboard import SummaryWriter
-        except ImportError: raise ValueError("TensorBoard is not installed: pip install kdnb[track]") from None
+    def __init__(self, folder: str | Path):  # where `tensorboard --logdir` looks
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError("TensorBoard is not installed: pip install kdnb[track]") from None
         self.writer = SummaryWriter(str(folder))
 
     def __call__(self, row: dict[str, float]) -> None:

@@ -114,10 +114,10 @@ def judge(path):
     code = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code" and c["source"]]
     outputs = [o for c in code for o in c["outputs"]]
     figures = sum(kind.startswith("image/") for o in outputs for kind in o.get("data", {}))
-    wrong = ["".join(c["source"]).splitlines()[0] for c in code
-             if not c["execution_count"] or any(o["output_type"] == "error" for o in c["outputs"])]
+    wrong = [f"{o['ename']}: {o['evalue']}" for o in outputs if o["output_type"] == "error"]
+    wrong += ["not run: " + "".join(c["source"])[:70] for c in code if not c["execution_count"]]
     print(f"{path.name}: {len(code)} cells, {figures} figures")
-    return [f"failed or not run: {w}" for w in wrong] + ([] if figures else ["no figure"])
+    return wrong + ([] if figures else ["no figure"])
 
 
 def main():

@@ -1,6 +1,5 @@
 """Every notebook runs from its first cell to its last, by papermill, with no network and no data at hand."""
 import os
-import re
 import subprocess
 import sys
 import time
@@ -81,12 +80,12 @@ def results(offline):
 
 
 def test_network_is_shut_off(offline):
-    for code in ("import urllib.request as u; u.urlopen('https://example.org')",
-                 "import socket; socket.create_connection(('192.0.2.1', 80), timeout=5)",
-                 "import socket; socket.socket().connect(('192.0.2.1', 80))"):
-        done = subprocess.run([sys.executable, "-c", code], env=offline, capture_output=True, text=True)
-        assert done.returncode, "reached the network"
-        assert re.search("no network in tests|refused", done.stderr), done.stderr
+    for code in ("socket.create_connection(('example.org', 80), timeout=5)",
+                 "socket.socket().connect(('192.0.2.1', 80))",
+                 "socket.socket().connect_ex(('192.0.2.1', 80))"):
+        command = [sys.executable, "-c", f"import socket; {code}"]
+        done = subprocess.run(command, env=offline, capture_output=True, text=True)
+        assert done.returncode and "no network in tests" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

@@ -34,7 +34,7 @@ def away(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("wheel")
     must(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", ROOT)
-    venv.create(folder / "env", with_pip=False)
+    venv.create(folder / "env", symlinks=os.name == "posix")
     scripts = folder / "env" / Path(sysconfig.get_path("scripts")).name
     (wheel,) = (folder / "dist").glob("*.whl")
     pip = [sys.executable, "-m", "pip", "--python", scripts / "python"]

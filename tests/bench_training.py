@@ -1,0 +1,194 @@
+"""How fast: `python tests/bench_training.py [ROUNDS]`, one thread, one process, a few minutes.
+
+Each row times two ways to do the same work in turns and prints the median ratio with its quartiles. That both
+compute the same is asserted first. Ratios travel from machine to machine, seconds do not. The last column is the
+share of this machine's measured float32 matrix-product speed that our side reaches (bfloat16 may exceed 1).
+"""
+
+import statistics
+import sys
+import time
+import warnings
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from kdnb.data import Batches, Images
+from kdnb.kd import KD
+from kdnb.models import create_model
+from kdnb.training import Supervised, fit
+
+
+def clock(action):
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def matmul_peak():
+    "Float32 FLOP/s of a 1024 x 1024 product: the best of ten."
+    a = torch.randn(1024, 1024)
+    return 2 * 1024**3 / min(clock(lambda: a @ a) for _ in range(10))
+
+
+def compare(work, ours, peer, rounds, flops=0.0, peak=1.0, target=""):
+    "Both once for warming up, then in turns."
+    ours(), peer()
+    times = [(clock(ours), clock(peer)) for _ in range(rounds)]
+    low, middle, high = statistics.quantiles([p / o for o, p in times], n=4)
+    share = f"{flops / statistics.median(o for o, _ in times) / peak:6.2f}" if flops else "     -"
+    print(f"{work:58} {middle:7.2f} [{low:.2f}, {high:.2f}]  {target:>7} {share}", flush=True)
+
+
+def random_images(n, channels, size):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (n, channels, size, size), dtype=torch.uint8, generator=g)
+    return Images(x, torch.randint(0, 10, (n,), generator=g), tuple("0123456789"))
+
+
+# ---- data: one gather on the device against one image at a time
+
+
+def bench_data(rounds):
+    from PIL import Image
+    from torch.utils.data import DataLoader, Dataset
+    from torchvision import transforms as T
+
+    images = random_images(50_000, 3, 32)
+    pixels = images.x.permute(0, 2, 3, 1).numpy()
+
+    class Pictures(Dataset):
+        "As torchvision.datasets.CIFAR10: a PIL image, transformed one by one."
+
+        def __init__(self, transform):
+            self.transform = transform
+
+        def __len__(self):
+            return len(pixels)
+
+        def __getitem__(self, i):
+            return self.transform(Image.fromarray(pixels[i])), int(images.y[i])
+
+    plain = DataLoader(Pictures(T.ToTensor()), 128)
+    for (a, b), (c, d), _ in zip(Batches(images, 128, shuffle=False), plain, range(3), strict=False):
+        assert a.equal(c) and b.equal(d)
+    usual = T.Compose([T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), T.ToTensor()])
+    loader, epoch = DataLoader(Pictures(usual), 128, shuffle=True), []
+    ours = Batches(images, 128, augment="crop_flip")
+
+    def whole():
+        for x, _ in ours:
+            epoch.append(len(x))
+
+    def piece():
+        for (_x, _y), _ in zip(loader, range(20), strict=False):
+            pass
+
+    whole(), piece()
+    rates = [((390 * 128) / clock(whole), (20 * 128) / clock(piece)) for _ in range(rounds)]
+    ratio = statistics.quantiles([a / b for a, b in rates], n=4)
+    mine, theirs = (statistics.median(r) for r in zip(*rates, strict=True))
+    print(
+        f"{'50,000 images, crop, flip: Batches / DataLoader':58} {ratio[1]:7.2f} [{ratio[0]:.2f}, {ratio[2]:.2f}]"
+        f"     >= 40      -   ({mine:,.0f} / {theirs:,.0f} images/s)",
+        flush=True,
+    )
+
+
+# ---- the loop: fit against the bare loop, with the same step
+
+
+def bench_fit(rounds):
+    images = random_images(128 * 40, 1, 28)
+    make = lambda name, seed=0: create_model(name, in_channels=1, image_size=28, seed=seed)  # noqa: E731
+    methods = {
+        "teacher MLP, supervised": lambda: Supervised(make("mlp_1200_1200"), lr=0.01),
+        "student MLP, supervised": lambda: Supervised(make("mlp_400"), lr=0.01),
+        "student MLP, distilled": lambda: KD(make("mlp_400"), make("mlp_1200_1200", 1), lr=0.01),
+    }
+    for name, new in methods.items():
+        a, b, batches = new(), new(), Batches(images, 128)
+
+        def bare(method, batches=batches):
+            for x, y in batches.epoch(0):
+                method.step(x, y)
+
+        ours = lambda a=a, batches=batches: fit(a, batches, epochs=1, progress="off")  # noqa: E731
+        peer = lambda b=b, bare=bare: bare(b)  # noqa: E731
+        ours(), peer()
+        assert all(p.equal(q) for p, q in zip(a.student.parameters(), b.student.parameters(), strict=True))
+        compare(f"{name}: fit / bare loop", ours, peer, 3 * rounds, target=">= .95")
+
+
+# ---- the switches: layout and fused optimiser, bfloat16, compilation
+
+
+class Usual:
+    "Supervised training as usually written: the default layout and optimiser."
+
+    def __init__(self, student):
+        self.student = student.train()
+        self.optimizer = torch.optim.SGD(student.parameters(), 0.01, 0.9, weight_decay=5e-4)
+
+    def step(self, x, y):
+        loss = nn.functional.cross_entropy(self.student(x), y)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return {"loss": loss.detach()}
+
+
+def bench_switches(rounds, peak):
+    for name, channels, size in (("resnet20", 3, 32), ("mlp_1200_1200", 1, 28)):
+        images = random_images(128 * 6, channels, size)
+        make = lambda: create_model(name, in_channels=channels, image_size=size, seed=0)  # noqa: B023, E731
+        x, y = next(iter(Batches(images, 128)))
+        with FlopCounterMode(display=False) as counter:
+            Supervised(make(), lr=0.01).step(x, y)
+        flops, losses = counter.get_total_flops() * 6, {}
+
+        def usual(method):
+            for x, y in Batches(images, 128).epoch(0):  # noqa: B023
+                losses["usual"] = method.step(x.contiguous(), y)["loss"].item()  # noqa: B023
+
+        def ours(method, key, **switches):
+            history = fit(method, Batches(images, 128), epochs=1, progress="off", **switches)  # noqa: B023
+            losses.setdefault(key, history["loss"][0])  # noqa: B023
+
+        plain, slow = Supervised(make(), lr=0.01), Usual(make())
+        fast = {"bf16": dict(precision="bf16"), "bf16 + compile": dict(precision="bf16", compile=True)}
+        compare(
+            f"{name}: fit / usual step",
+            lambda: ours(plain, "fp32"),
+            lambda: usual(slow),  # noqa: B023
+            rounds,
+            flops,
+            peak,
+        )
+        for key, switches in fast.items():
+            method = Supervised(make(), lr=0.01)
+            if switches.get("compile"):
+                method.student.compile()  # once for all rounds: fit would drop the code after each
+                switches = {"precision": "bf16"}
+            compare(
+                f"{name}: {key} / fp32",
+                lambda: ours(method, key, **switches),  # noqa: B023
+                lambda: ours(plain, "fp32"),
+                rounds,
+                flops,
+                peak,
+            )  # noqa: B023
+            assert abs(losses[key] / losses["fp32"] - 1) < 0.02, losses
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    peak = matmul_peak()
+    print(f"PyTorch {torch.__version__}, one thread, float32 matrix products {peak / 1e9:.0f} GFLOP/s")
+    print(f"{'work: ours / peer':58} {'ratio':>7} [quartiles]    target  of peak")
+    bench_data(rounds)
+    bench_fit(rounds)
+    bench_switches(rounds, peak)

@@ -1,0 +1,502 @@
+"""The `kdnb` command and what it stands on, tried from outside on a toy lesson."""
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kdnb.runs import (
+    load_cards,
+    main,
+    notebooks,
+    read_parameters,
+    results_table,
+    run_card,
+    run_notebook,
+    run_parameters,
+    save_card,
+    sweep,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+PARAMETERS = '''preset: str = "default"  # name of the experiment
+seed: int = 0  # any number
+device: str = "cpu"  # where it runs
+root: str = ""  # folder of the data
+results: str = ""  # folder of the cards; "" keeps none
+data: str = "digits"  # the "#" here is meant
+steps: int = 20  # > 0
+lr: float = 0.1  # learning rate
+fast: bool = False  # skip nothing'''
+SETUP = '''%config InlineBackend.figure_format = "png"
+import time
+from kdnb.runs import results_table, run_card, run_parameters, save_card
+parameters, started = run_parameters(globals()), time.time()
+half = steps / 2
+print("said by the setup cell")
+if lr <= 0:
+    raise ValueError(f"lr must be > 0, got {lr}")
+if lr == 2:
+    raise OSError("no such\\nfolder")'''
+EXPERIMENT = '''accuracy = 0.9 + lr * seed / steps
+print(preset, seed, data, steps, lr, fast)
+if accuracy > 1:
+    raise ArithmeticError("better than\\nperfect")'''
+LAST = '''card = run_card("90_toy", parameters, {"kd_accuracy": accuracy, "_half": half}, started=started,
+                dataset={"name": data, "sha256": "ab", "train": 9})
+save_card(card, results)
+results_table("90_toy", this_run=card)'''
+
+
+def notebook(path, *sources, tagged=1):
+    "Write a lesson; its first `tagged` code cells are tagged `parameters`."
+    cells = [{"cell_type": "markdown", "id": "title", "metadata": {}, "source": "# A toy lesson\n> So."}]
+    for i, source in enumerate(sources):
+        tags = {"tags": ["parameters"]} if i < tagged else {}
+        cells.append({"cell_type": "code", "id": f"c{i}", "metadata": tags, "source": source, "outputs": [],
+                      "execution_count": None})
+    kernel = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
+    path.write_text(json.dumps({"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}))
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    "A folder to stand in, with lessons in its nbs/."
+    home = tmp_path / "nbs"
+    (home / "params").mkdir(parents=True)
+    notebook(home / "90_toy.ipynb", PARAMETERS, SETUP, EXPERIMENT, LAST)
+    notebook(home / "91_untagged.ipynb", PARAMETERS, SETUP, tagged=0)
+    notebook(home / "92_twice.ipynb", PARAMETERS, PARAMETERS, SETUP, tagged=2)
+    notebook(home / "93_computed.ipynb", "steps: int = 4 * 5  # > 0", SETUP)
+    notebook(home / "94_slow.ipynb", PARAMETERS, SETUP, "time.sleep(60)", LAST)
+    presets = {"long": "preset: long\nresults: results\nsteps: 2000\n", "text": "lr: 1e-3\n",
+               "typo": "stepz: 3\n", "list": "- 1\n", "broken": "lr: [1\n"}
+    for name, text in presets.items():
+        (home / f"params/90_toy.{name}.yaml").write_text(text)
+    monkeypatch.setenv("KDNB_NOTEBOOKS", str(home))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def kdnb(*words, code="from kdnb.runs import main; raise SystemExit(main())"):
+    command = [sys.executable, "-c", code, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def tree(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def refused(done, words):
+    assert done.returncode == 2, done
+    assert done.stdout == "", done
+    assert re.fullmatch(r"kdnb: [^\n]+\n", done.stderr), f"not one line: {done.stderr!r}"
+    assert words in done.stderr, done.stderr
+
+
+# ---------------------------------------------------------------- bad input: one line, nothing touched
+
+@pytest.mark.parametrize("words, line", [
+    ("", "the following arguments are required"),
+    ("rum toy", "invalid choice: 'rum'"),
+    ("list 90_tyo", "unknown notebook '90_tyo'; nearest: 90_toy"),
+    ("results 90_tyo", "unknown notebook '90_tyo'; nearest: 90_toy"),
+    ("run tyo -o out.ipynb", "unknown notebook 'tyo'; nearest: toy"),
+    ("run toy -f lnog -o out.ipynb", "unknown preset 'lnog'; nearest: long"),
+    ("run toy -f none.yaml -o out.ipynb", "none.yaml"),
+    ("run toy -f list -o out.ipynb", "90_toy.list.yaml must hold lines like"),
+    ("run toy -f broken -o out.ipynb", "90_toy.broken.yaml is no YAML"),
+    ("run toy -f typo -o out.ipynb", "unknown parameter 'stepz'; nearest: steps"),
+    ("run toy -f text -o out.ipynb", "lr must be float, got '1e-3' (YAML takes 1e-3 for text: write 1.0e-3)"),
+    ("run toy -p stepz 5 -o out.ipynb", "unknown parameter 'stepz'; nearest: steps"),
+    ("run toy -p steps 2.5 -o out.ipynb", "steps must be int, got 2.5"),
+    ("run toy -p steps True -o out.ipynb", "steps must be int, got True"),
+    ("run toy -p steps many -o out.ipynb", "steps must be int, got 'many'"),
+    ("run toy -p lr fast -o out.ipynb", "lr must be float, got 'fast'"),
+    ("run toy -p lr 1e999 -o out.ipynb", "lr must be float, got inf"),
+    ("run toy -p fast true -o out.ipynb", "fast must be bool, got 'true' (write True or False)"),
+    ("run toy -p fast 1 -o out.ipynb", "fast must be bool, got 1"),
+    ("run toy -p lr -o out.ipynb", "argument -p: expected 2 arguments"),
+    ("run toy -p lr -1e-3 -o out.ipynb", "90_toy: lr must be > 0, got -0.001"),
+    ("run toy -p lr 2 -o out.ipynb", "90_toy: OSError: no such folder"),
+    ("run untagged -o out.ipynb", "91_untagged cannot be run: 0 of its cells are tagged `parameters`"),
+    ("run twice -o out.ipynb", "92_twice cannot be run: 2 of its cells are tagged `parameters`"),
+    ("run computed -o out.ipynb", "93_computed: the parameter `steps: int = 4 * 5 # > 0` must read"),
+    ("run toy -o out.txt", "must be a file that ends in .ipynb, got out.txt"),
+    ("run toy -o nbs/90_toy.ipynb", "would overwrite the lesson 90_toy.ipynb"),
+    ("run toy -o nbs/params/../90_toy.ipynb", "would overwrite the lesson 90_toy.ipynb"),
+    ("run toy -o nbs/92_twice.ipynb", "would overwrite the lesson 92_twice.ipynb"),
+    ("run toy -o link.ipynb", "would overwrite the lesson 90_toy.ipynb"),
+    ("run toy -o hard.ipynb", "would overwrite the lesson 90_toy.ipynb"),
+    ("run toy -o elsewhere/90_toy.ipynb", "would overwrite the lesson 90_toy.ipynb"),
+    ("run toy -o folder.ipynb", "must be a file that ends in .ipynb, got folder.ipynb"),
+    ("run toy -p lr 0 -o new/folder/out.ipynb", "lr must be > 0, got 0"),
+    ("sweep toy", "required: -g"),
+    ("sweep toy -g stepz=1,2", "unknown parameter 'stepz'; nearest: steps"),
+    ("sweep toy -g seed=1,two", "seed must be int, got 'two'"),
+    ("sweep toy -g seed=", "seed must be int, got ''"),
+    ("sweep toy -g seed=1 -j 0", "jobs >= 1"),
+    ("copy mine", "nothing was copied: 1 files are there already, such as mine/90_toy.ipynb"),
+    ("copy nbs --force", "nothing was copied"),
+])
+def test_bad_input(toy, words, line):
+    (toy / "out.ipynb").write_text("an earlier result")
+    (toy / "mine").mkdir()
+    (toy / "mine/90_toy.ipynb").write_text("my notes")
+    (toy / "folder.ipynb").mkdir()
+    (toy / "link.ipynb").symlink_to(toy / "nbs/90_toy.ipynb")
+    os.link(toy / "nbs/90_toy.ipynb", toy / "hard.ipynb")
+    (toy / "elsewhere").symlink_to(toy / "nbs")
+    before = tree(toy)
+    refused(kdnb(*words.split()), line)
+    assert tree(toy) == before and not (toy / "new").exists()
+
+
+def test_without_papermill(toy):
+    code = "import sys; sys.modules['papermill'] = None; from kdnb.runs import main; raise SystemExit(main())"
+    before = tree(toy)
+    refused(kdnb("run", "toy", code=code), 'running notebooks needs papermill: pip install "kdnb[run]"')
+    assert tree(toy) == before
+
+
+def test_list_starts_at_once(toy):
+    code = ("import sys; from kdnb.runs import main; main(); "
+            "print(*{'torch', 'papermill', 'yaml', 'matplotlib', 'numpy'} & {*sys.modules}, file=sys.stderr)")
+    done = kdnb("list", code=code)
+    assert done.stderr == "\n", f"loaded: {done.stderr}"
+    assert re.search(r"^90_toy +A toy lesson .*\blong\b", done.stdout, flags=re.M), done.stdout
+    shown = kdnb("list", "90_toy").stdout
+    assert re.search(r"^ +steps +int +20 +> 0$", shown, flags=re.M), shown
+    assert re.search(r"^ +data +str +'digits' +the \"#\" here is meant$", shown, flags=re.M), shown
+    assert all(kdnb(*words).returncode == 0 for words in (["--help"], ["run", "--help"]))
+
+
+def test_setup_is_checked_elsewhere(toy):
+    "The caller's process keeps its folder, its modules and its output clean."
+    before = os.getcwd(), dict(os.environ), set(sys.modules)
+    with pytest.raises(ValueError, match="lr must be > 0, got -1"):
+        run_notebook("toy", parameters={"lr": -1})
+    assert (os.getcwd(), dict(os.environ)) == before[:2]
+    assert "papermill" not in set(sys.modules) - before[2]
+
+
+# ---------------------------------------------------------------- runs
+
+def test_same_as_papermill(toy):
+    "kdnb run and papermill's own command: the same cells, outputs and card."
+    ours = kdnb("run", "90_toy", "-f", "long", "-p", "seed", "3", "-p", "lr", "1", "-o", "a/{ours}.ipynb")
+    assert ours.returncode == 0, ours
+    words = "nbs/90_toy.ipynb plain.ipynb --cwd nbs -f nbs/params/90_toy.long.yaml -p seed 3 -p lr 1"
+    command = [sys.executable, "-m", "papermill", *words.split()]
+    plain = subprocess.run(command, capture_output=True, text=True)
+    assert plain.returncode == 0, plain
+    a, b = (json.loads((toy / p).read_text())["cells"] for p in ("a/{ours}.ipynb", "plain.ipynb"))
+    assert ["".join(c["source"]) for c in a] == ["".join(c["source"]) for c in b]
+
+    def said(cells):
+        return [["".join(o["text"]) for o in c.get("outputs", []) if o.get("name") == "stdout"] for c in cells]
+
+    assert said(a) == said(b) and said(a)[-2] == ["long 3 digits 2000 1 False\n"]
+    first, second = load_cards("90_toy", toy / "nbs/results")
+    for made in (first, second):
+        assert made.pop("seconds") < 60
+        assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", made.pop("started"))
+    assert first == second
+    assert first["parameters"] == {"preset": "long", "seed": 3, "device": "cpu", "results": "results",
+                                   "data": "digits", "steps": 2000, "lr": 1, "fast": False}
+    assert first["metrics"] == {"kd_accuracy": 0.9 + 3 / 2000, "_half": 1000}
+    # what the command printed: the table that the notebook shows, and where it lies
+    assert "90_toy: the paper's numbers beside ours" in ours.stdout
+    rows = re.search(r"^this run: long, on digits, lr=1.0 +kd_accuracy +90.15 +1 ", ours.stdout, flags=re.M)
+    assert rows, ours.stdout
+    assert ours.stdout.rstrip().endswith("the executed notebook: a/{ours}.ipynb"), ours.stdout
+    assert sorted(p.name for p in toy.glob("a/*")) == ["{ours}.ipynb"]
+
+
+def test_default_output_and_text_parameters(toy):
+    "An int may stand for a float; the digits of a text parameter stay text."
+    done = kdnb("run", "toy", "-p", "data", "10", "-p", "seed", "-2")
+    assert done.returncode == 0, done
+    cells = json.loads((toy / "runs/90_toy.default.data=10.seed-2.ipynb").read_text())["cells"]
+    assert 'data = "10"' in "".join(cells[2]["source"])
+    assert not (toy / "nbs/results").exists() and not list(toy.rglob("*.jsonl")), "nothing was to be recorded"
+
+
+def test_failed_run(toy):
+    (toy / "out.ipynb").write_text("an earlier result")
+    done = kdnb("run", "toy", "-p", "seed", "3", "-p", "lr", "1.0", "-o", "out.ipynb")
+    assert done.returncode == 1, done
+    assert done.stderr == ("kdnb: 90_toy failed in cell [4]: ArithmeticError: better than perfect; "
+                           "see out.failed.ipynb\n")
+    assert (toy / "out.ipynb").read_text() == "an earlier result"
+    assert "better than" in (toy / "out.failed.ipynb").read_text() and not (toy / "out.part.ipynb").exists()
+    assert kdnb("run", "toy", "-o", "out.ipynb").returncode == 0
+    assert (toy / "out.ipynb").read_text() != "an earlier result" and not (toy / "out.failed.ipynb").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_ctrl_c(toy):
+    command = [sys.executable, "-m", "kdnb.runs", "run", "slow", "-o", "out.ipynb"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.time() + 60
+    while not (toy / "out.part.ipynb").exists() and child.poll() is None and time.time() < end:
+        time.sleep(0.1)
+    time.sleep(3)
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate(timeout=20)
+    assert (child.returncode, said) == (130, "kdnb: stopped\n")
+    assert sorted(p.name for p in toy.glob("out*")) == ["out.failed.ipynb"]
+
+
+def test_sweep(toy):
+    words = "sweep toy -f long -p steps 20 -g seed=1,2,3 -g lr=0.5,1 -j 2".split()
+    done = kdnb(*words)
+    assert done.returncode == 1 and done.stderr == "", done
+    state = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    bad = "90_toy.long.steps=20.lr=1.seed3.ipynb"
+    assert len(state) == 6 and {k for k, v in state.items() if v == "done"} == set(state) - {bad}
+    assert state[bad].startswith("failed: 90_toy failed in cell [4]: ArithmeticError: better than perfect")
+    there = {p.name for p in (toy / "runs").iterdir()}
+    assert there == set(state) - {bad} | {bad.replace(".ipynb", ".failed.ipynb")}
+    assert sorted((c["seed"], c["parameters"]["lr"]) for c in load_cards("90_toy", "nbs/results")) == [
+        (1, 0.5), (1, 1), (2, 0.5), (2, 1), (3, 0.5)]
+    before = tree(toy / "runs")
+    again = kdnb(*words[:-2])
+    state = dict(line.split(": ", 1) for line in again.stdout.splitlines())
+    assert again.returncode == 1 and {k for k, v in state.items() if v == "skipped"} == set(state) - {bad}
+    assert {k: v for k, v in tree(toy / "runs").items() if "failed" not in k} == {
+        k: v for k, v in before.items() if "failed" not in k}
+    all_there = "sweep toy -f long -p steps 20 -p lr 0.5 -g seed=1,2"
+    assert kdnb(*all_there.split()).returncode == 0
+    shown = kdnb("results", "toy").stdout
+    rows = re.search(r"^long, on digits, steps=20, lr=0.5 +kd_accuracy +95.00 ± 2.50 +3 ", shown, flags=re.M)
+    assert rows, shown
+
+
+def test_sweep_of_what_records_nothing_records_beside_its_output(toy):
+    said = []
+    for state in ("done", "skipped"):
+        report = sweep("toy", {"seed": [7]}, folder="mine", log=said.append)
+        assert report == {"90_toy.default.seed7.ipynb": state}
+    assert [c["seed"] for c in load_cards("90_toy", "mine")] == [7]
+    assert said == ["90_toy.default.seed7.ipynb: done", "90_toy.default.seed7.ipynb: skipped"]
+
+
+def test_copy(toy):
+    done = kdnb("copy", "a/mine")
+    assert done.returncode == 0 and "a/mine" in done.stdout, done
+    assert tree(toy / "a/mine") == tree(toy / "nbs")
+    (toy / "a/mine/90_toy.ipynb").write_text("my notes")
+    refused(kdnb("copy", "a/mine"), "nothing was copied")
+    assert (toy / "a/mine/90_toy.ipynb").read_text() == "my notes"
+    assert kdnb("copy", "a/mine", "--force").returncode == 0
+    assert tree(toy / "a/mine") == tree(toy / "nbs")
+
+
+# ---------------------------------------------------------------- cards
+
+def card(seed=0, started=0.0, *, metrics=None, dataset=None, seconds=60, **parameters):
+    values = {"preset": "default", "seed": seed, "device": "cpu", "data": "digits", "steps": 20, "lr": 0.1,
+              "fast": False} | parameters
+    return run_card("90_toy", values, metrics or {"kd_accuracy": 0.5}, seconds=seconds, started=started,
+                    dataset=dataset or {"name": "digits", "sha256": "ab"})
+
+
+def test_card_holds_what_it_must():
+    made = card(3, 86400.0, root="/data/me", results="/data/me/results", student="~/me/net.pt", teacher="C:\\me\\t")
+    assert made["parameters"] == card(3)["parameters"] | {
+        "results": "results", "student": "net.pt", "teacher": "t"}
+    assert (made["started"], made["seconds"], made["seed"]) == ("1970-01-02T00:00:00Z", 60, 3)
+    assert {"device", "threads", "python", "torch", "kdnb", "commit", "samples_per_s"} <= set(made)
+    assert card(data="folder:/data/me/cifar10-jpeg/")["parameters"]["data"] == "folder:cifar10-jpeg"
+    assert card(data="folder:cifar10-jpeg")["parameters"]["data"] == "folder:cifar10-jpeg"
+    assert json.loads(json.dumps(made)) == made and "me" not in re.findall(r"\w+", json.dumps(made))
+
+
+@pytest.mark.parametrize("wrong", [
+    {"metrics": {"loss": float("nan")}}, {"metrics": {"loss": float("inf")}}, {"metrics": {"loss": [1.0]}},
+    {"metrics": {"kd_accuracy": 98.7}}, {"metrics": {"loss": "1"}}, {"dataset": {"sha256": "ab"}},
+    {"lr": float("nan")}])
+def test_card_refuses(wrong):
+    with pytest.raises(ValueError):
+        card(**wrong)
+
+
+def test_run_parameters():
+    space = {}
+    exec(PARAMETERS + "\nimport os\nhalf = steps / 2\n_seed: int = 3\nnames: list = []\nlr = 1", space)
+    found = run_parameters(space)
+    assert found == {"preset": "default", "seed": 0, "device": "cpu", "root": "", "results": "",
+                     "data": "digits", "steps": 20, "lr": 1.0, "fast": False}
+    assert type(found["lr"]) is float, "1 and 1.0 are one learning rate"
+    plain = {"In": [], "exit": print, "a": 1, "b": "x", "_": 4, "__name__": "x"}
+    assert run_parameters(plain) == {"a": 1, "b": "x"}
+
+
+def test_read_parameters(toy):
+    found = read_parameters(notebooks()["90_toy"])
+    assert list(found) == [line.split(":")[0] for line in PARAMETERS.splitlines()]
+    assert found["lr"] == (float, 0.1, "learning rate") and found["fast"] == (bool, False, "skip nothing")
+
+
+WRITER = """
+import sys
+from kdnb.runs import save_card
+who, folder = sys.argv[1:]
+for i in range(60):
+    card = {"notebook": "90_toy", "preset": "default", "seed": i, "parameters": {}, "metrics": {"loss": 1.0},
+            "dataset": {"name": "digits"}, "device": who, "seconds": 1, "started": "x", "extra": "y" * 20_000}
+    save_card(card, folder)
+"""
+
+
+def test_save_card_beside_other_processes(tmp_path):
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", WRITER]
+    writers = [subprocess.Popen([*command, str(i), str(tmp_path / "new")], env=env) for i in range(5)]
+    assert [w.wait(60) for w in writers] == [0] * 5
+    cards = load_cards("90_toy", tmp_path / "new")
+    found = sorted((int(c["device"]), c["seed"]) for c in cards)
+    assert found == [(who, i) for who in range(5) for i in range(60)]
+    assert len((tmp_path / "new/90_toy.jsonl").read_text().splitlines()) == 300, "no blank lines either"
+
+
+def test_save_and_load(tmp_path):
+    assert save_card(card(), "") is None
+    path = save_card(card(1, 5.0), tmp_path)
+    save_card(card(1, 5.0), tmp_path)
+    assert len(load_cards("90_toy", tmp_path)) == 2, "nothing is replaced"
+    path.write_text(path.read_text() + '{"notebook"')
+    with pytest.raises(ValueError, match=rf"{tmp_path.name}/90_toy.jsonl, line 3 is no run card"):
+        load_cards("90_toy", tmp_path)
+    path.write_text('{"notebook": "90_toy"}\n')
+    with pytest.raises(ValueError, match="line 1 is no run card: no preset, seed, "):
+        load_cards("90_toy", tmp_path)
+    assert load_cards("90_toy", tmp_path / "nowhere") == []
+
+
+def test_cards_come_from_three_places(toy):
+    "Those that kdnb brings, ./results and ./runs; none twice, also when one is the other."
+    for i, folder in enumerate(["nbs/results", "results", "runs"]):
+        save_card(card(i), folder)
+    assert [c["seed"] for c in load_cards("90_toy")] == [0, 1, 2]
+    os.chdir("nbs")
+    assert [c["seed"] for c in load_cards("90_toy")] == [0]
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_commit(tmp_path):
+    (tmp_path / "nbs/results").mkdir(parents=True)
+    shutil.copytree(ROOT / "kdnb", tmp_path / "kdnb", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | {
+        "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def ask(*words):
+        done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    def commit():
+        return ask(sys.executable, "-c", "import kdnb.runs; print(kdnb.runs._commit())")
+
+    def git(*words):
+        return ask("git", "-c", "user.name=a", "-c", "user.email=a@example.org", *words)
+
+    assert commit() == "None", "no repository"
+    git("init")
+    assert commit() == "None", "no commit yet"
+    git("add", "."), git("commit", "-m", "first")
+    head = git("rev-parse", "--short", "HEAD")
+    assert commit() == head
+    (tmp_path / "nbs/results/90_toy.jsonl").write_text("{}\n")
+    assert commit() == head, "results do not count"
+    (tmp_path / "kdnb/new.py").write_text("")
+    assert commit() == head + "+"
+    (tmp_path / "settings.ini").unlink()
+    assert commit() == "None", "an installed package inside somebody's repository"
+
+
+# ---------------------------------------------------------------- the table
+
+def row(table, protocol, quantity="kd_accuracy"):
+    (found,) = [r for r in table.rows if (r["protocol"], r["quantity"]) == (protocol, quantity)]
+    return found
+
+
+def test_table_arithmetic(toy):
+    values = {0: 0.97, 1: 0.974, 2: 0.981}
+    metrics = {s: {"kd_accuracy": v, "loss": 0.1 * s, "_hidden": 1.0} for s, v in values.items()}
+    cards = [card(s, 10.0 * s, metrics=m, seconds=60 * (s + 1)) for s, m in metrics.items()]
+    cards.insert(0, card(1, 99.0, metrics={"kd_accuracy": 0.968, "loss": 0.3}))  # later than the other seed 1
+    found = row(results_table("90_toy", cards, paper={}), "default, on digits")
+    # by hand: 97.0, 96.8, 98.1: mean 97.3; deviations -.3, -.5, .8; squares .09 + .25 + .64 = .98; / 2; root
+    assert found["mean"] == pytest.approx(97.3, abs=1e-12) and found["std"] == pytest.approx(0.7, abs=1e-12)
+    assert (found["n"], found["seeds"], found["paper"]) == (3, [0, 1, 2], None)
+    assert found["minutes"] == pytest.approx((1 + 1 + 3) / 3) and found["date"] == "1970-01-01"
+    text = str(results_table("90_toy", cards, paper={}))
+    line = r"^default, on digits +kd_accuracy +97.30 ± 0.70 +3 .* 1.7 +1970-01-01$"
+    assert re.search(line, text, flags=re.M), text
+    assert re.search(r"^ +loss +0.1667 ± 0.1528 +3$", text, flags=re.M), text
+    assert "_hidden" not in text
+    one = results_table("90_toy", cards[:1], paper={})
+    alone = row(one, "default, on digits")
+    assert (alone["std"], alone["n"]) == (None, 1) and "±" not in str(one).split("ours:")[0]
+
+
+def test_table_groups_by_protocol(toy):
+    "Seed, device and folders do not part runs; parameters and data do; a younger parameter has its default."
+    young = card(5)
+    del young["parameters"]["fast"]
+    cards = [card(0), card(1, device="cuda:0", results="x", threads=4), young,
+             card(2, lr=0.2), card(3, fast=True), card(0, preset="long", steps=2000), card(1, preset="long"),
+             card(4, dataset={"name": "digits", "sha256": "other"}),
+             card(4, dataset={"name": "mnist", "sha256": "ab"})]
+    table = results_table("90_toy", cards, paper={})
+    sizes = [(r["protocol"], r["n"]) for r in table.rows]
+    assert sorted(sizes) == sorted([
+        ("default, on digits", 3), ("default, on digits", 1), ("default, on mnist", 1),
+        ("default, on digits, lr=0.2", 1), ("default, on digits, fast=True", 1), ("long, on digits", 1),
+        ("long, on digits, steps=20", 1)])
+    assert sum(n for _, n in sizes) == len(cards), "no run is left out"
+
+
+def test_table_beside_the_paper(toy):
+    paper = {"long": {"source": "Somebody 2015, table 1", "other_accuracy": 98.9, "kd_accuracy": 98.73}}
+    cards = [card(0, metrics={"loss": 1.0, "kd_accuracy": 0.5}),
+             card(0, preset="long", steps=2000, metrics={"loss": 123456.0, "kd_accuracy": 0.98}),
+             card(0, preset="long", steps=9)]
+    mine = card(8, preset="long", steps=2000, metrics={"kd_accuracy": 0.25})
+    table = results_table("90_toy", cards, this_run=mine, paper=paper)
+    labels = [r["protocol"] for r in table.rows]
+    assert labels[0] == "long, on digits" and labels[-1] == "this run: long, on digits"
+    first = [r for r in table.rows if r["protocol"] == "long, on digits"]
+    assert [(r["quantity"], r["paper"], r["n"]) for r in first] == [  # the paper's come first, all of them
+        ("other_accuracy", 98.9, 0), ("kd_accuracy", 98.73, 1), ("loss", None, 1)]
+    asked = row(table, "this run: long, on digits")
+    assert (asked["mean"], asked["paper"]) == (25, 98.73)
+    others = [r for r in table.rows if "steps=9" in r["protocol"] or "default" in r["protocol"]]
+    assert len(others) == 3 and all(r["paper"] is None for r in others), "another experiment, not the paper's"
+    text, markdown = str(table), table._repr_markdown_()
+    assert re.search(r"^ +kd_accuracy +98.73 +98.00 +1$", text, flags=re.M) and "1.235e+05" in text
+    assert "paper: Somebody 2015, table 1" in text and "paper: Somebody 2015, table 1" in markdown
+    lines = markdown.split("\n\n")[0].splitlines()
+    assert len(lines) == len(table.rows) + 2 and {line.count("|") for line in lines} == {9}
+    assert "| kd_accuracy | 98.73 | 98.00 | 1 |" in markdown
+    (toy / "nbs/results").mkdir()
+    (toy / "nbs/results/90_toy.paper.yaml").write_text("long: {source: Shipped, kd_accuracy: 98.73}\n")
+    assert "paper: Shipped" in str(results_table("90_toy", cards))
+    assert "paper: Shipped" not in str(results_table("90_toy", cards[:1])), "nothing of it is shown"
+
+
+def test_table_without_cards(toy, capsys):
+    assert main(["results", "toy"]) == 0
+    assert "no recorded runs yet" in capsys.readouterr().out
+    assert "no recorded runs yet" in results_table("90_toy")._repr_markdown_()

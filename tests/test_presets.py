@@ -1,0 +1,25 @@
+"Every preset starts: its networks, schedules and switches, for two steps of each training, on the embedded digits."
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PARAMS = Path(__file__).parent.parent / "nbs" / "params"
+
+
+@pytest.mark.parametrize("preset", sorted(p.stem for p in PARAMS.glob("*.yaml")))
+def test_preset_runs_two_steps(preset, tmp_path):
+    name, kind = preset.split(".")
+    values = {"data": "digits", "device": "cpu", "max_steps": 2, "checkpoints": "", "results": str(tmp_path)}
+    words = [word for key, value in values.items() for word in ("-p", key, str(value))]
+    out = tmp_path / "out.ipynb"
+    done = subprocess.run(
+        [sys.executable, "-m", "kdnb.runs", "run", name, "-f", kind, "-o", str(out), *words],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert out.exists() and (tmp_path / f"{name}.jsonl").read_text().count("\n") == 1
