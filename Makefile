@@ -53,11 +53,11 @@ $(VENV)/.workflows-ok: $(VENV)/.made
 	@$(call install,'check-jsonschema>=0.33' 'zizmor>=1.20')
 	@touch $@
 
-# ---- what a visitor wants
+# ---- what a visitor wants; small networks gain nothing from more than two threads
 
 demo: $(VENV)/.run-ok
 	@mkdir -p runs
-	@$(BIN)/kdnb run 10_kd -o runs/10_kd.ipynb
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/kdnb run 10_kd -o runs/10_kd.ipynb
 
 # Cheapest first; the last line is pytest's summary. OMP_NUM_THREADS=1 because JOBS notebooks run side by side.
 LAST  := tests/test_notebooks.py tests/test_wheel.py

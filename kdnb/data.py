@@ -27,7 +27,7 @@ def random_stream(
     digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
-# %% ../nbs/00_data.ipynb #d9ade5c7
+# %% ../nbs/00_data.ipynb #225c0b9c
 @dataclass(frozen=True)
 class Images:
     "Pictures and their labels, checked once; floats in [0, 1] are accepted and rounded to 256 levels."
@@ -59,15 +59,18 @@ class Images:
     def to(self, device):
         return replace(self, x=self.x.to(device), y=self.y.to(device))
 
-    def subset(self, index: Tensor):
-        "The images at `index` (int64 positions or a bool mask)."
+    def subset(
+        self,
+        index: Tensor,  # (M,) int64 positions, or (N,) bool
+    ):
+        "The images at `index`."
         return replace(self, x=self.x[index], y=self.y[index])
 
     def floats(self, index=slice(None)) -> Tensor:
         "(N, C, H, W) float32 in [0, 1]; one conversion, for small pieces."
         return self.x[index].float().div_(255)
 
-# %% ../nbs/00_data.ipynb #02d2eaad
+# %% ../nbs/00_data.ipynb #8e53d6b5
 @dataclass(frozen=True)
 class Data:
     "A set in three parts, with what a network has to know about it."
@@ -102,7 +105,7 @@ class Data:
         sizes = {part: len(getattr(self, part)) for part in ("train", "val", "test")}
         return {"name": self.name, "sha256": self.sha256, **sizes}
 
-# %% ../nbs/00_data.ipynb #194abe3d
+# %% ../nbs/00_data.ipynb #a490190c
 def _assemble(name, train, test, val_fraction, split_seed, sha256):
     if not 0 <= val_fraction < 1: raise ValueError(f"val_fraction must lie in [0, 1), got {val_fraction}")
     order = torch.randperm(len(train), generator=random_stream(split_seed, "split"))
@@ -121,7 +124,7 @@ def _assemble(name, train, test, val_fraction, split_seed, sha256):
     std = (share @ levels**2 - mean**2).clamp(min=1e-12).sqrt()
     return Data(name, train, val, test, tuple(mean.tolist()), tuple(std.tolist()), found)
 
-# %% ../nbs/00_data.ipynb #ee17e894
+# %% ../nbs/00_data.ipynb #f1092637
 _TORCHVISION = {  # name: (class in torchvision.datasets, a file that must exist, below root)
     "mnist": ("MNIST", "MNIST/raw/train-images-idx3-ubyte"),
     "fashion_mnist": ("FashionMNIST", "FashionMNIST/raw/train-images-idx3-ubyte"),
@@ -136,15 +139,15 @@ _MNIST_SHA256 = {
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
 
-
+# %% ../nbs/00_data.ipynb #af7f83b9
 def list_data() -> list[str]:  # names for `load_data`
     "Names of the known sets; besides them, `folder:PATH` loads your own."
     return ["digits", *_TORCHVISION]
 
-
+# %% ../nbs/00_data.ipynb #c333973e
 def _root(root): return Path(root or os.environ.get("KDNB_DATA") or "~/.cache/kdnb").expanduser()
 
-
+# %% ../nbs/00_data.ipynb #3f6c3ea2
 def check_data(
     name: str,               # one of `list_data()`, or "folder:PATH"
     root: str | Path = "",   # where files are; "" is $KDNB_DATA, else ~/.cache/kdnb
@@ -155,8 +158,9 @@ def check_data(
         folder = _root(root) / name.removeprefix("folder:")
         for part in ("train", "test"):
             if not any(p.is_dir() for p in (folder / part).glob("*")):
-                raise FileNotFoundError(f"data {name!r}: no folder {part}/CLASS/ there; expected images "
-                                        "train/CLASS/* and test/CLASS/* (PATH is below root or $KDNB_DATA, or absolute)")
+                raise FileNotFoundError(
+                    f"data {name!r}: no folder {part}/CLASS/ there; expected images train/CLASS/* and "
+                    "test/CLASS/* (PATH is below root or $KDNB_DATA, or absolute)")
         return
     if name not in list_data():
         near = get_close_matches(name, list_data(), 2, 0.4) or list_data()
@@ -165,7 +169,7 @@ def check_data(
         raise FileNotFoundError(f"data {name!r}: no files found; get them with download=True, "
                                 "or set root or $KDNB_DATA to the folder that has them")
 
-# %% ../nbs/00_data.ipynb #974a78c0
+# %% ../nbs/00_data.ipynb #4037dce8
 def _digits():
     from sklearn.datasets import load_digits
 
@@ -175,7 +179,7 @@ def _digits():
     order = torch.randperm(len(images), generator=random_stream(0, "digits test"))
     return images.subset(order[450:]), images.subset(order[:450])
 
-
+# %% ../nbs/00_data.ipynb #d24519d8
 def _torchvision(name, root, download):
     from torchvision import datasets
 
@@ -193,7 +197,7 @@ def _torchvision(name, root, download):
         parts.append(Images(x.contiguous(), y, names))
     return parts
 
-
+# %% ../nbs/00_data.ipynb #98101f0d
 def _check_mnist(name, folder, resources):
     "torchvision reads these files unchecked: compare with known sums, or with the archive beside them."
     for file, md5 in ((Path(r).stem, m) for r, m in resources):
@@ -208,7 +212,7 @@ def _check_mnist(name, folder, resources):
                 f"data {name!r}: {file} is damaged (wrong checksum); delete it and load with download=True"
             )
 
-# %% ../nbs/00_data.ipynb #ca738027
+# %% ../nbs/00_data.ipynb #d25f3b89
 def _folder(path, image_size):
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -239,7 +243,7 @@ def _folder(path, image_size):
         raise ValueError(f"the cache file {cache.name} is damaged: delete it and load again") from None
     return [Images(t[f"{part}.x"], t[f"{part}.y"], classes) for part in ("train", "test")]
 
-
+# %% ../nbs/00_data.ipynb #cded8099
 def _decode(files, image_size):
     import numpy as np
     from PIL import Image, UnidentifiedImageError
@@ -269,7 +273,7 @@ def _decode(files, image_size):
     x = torch.from_numpy(np.stack(pictures))
     return (x.unsqueeze(1) if x.ndim == 3 else x.permute(0, 3, 1, 2)).contiguous()
 
-# %% ../nbs/00_data.ipynb #ed3d3ac9
+# %% ../nbs/00_data.ipynb #7db4eb67
 def load_data(
     name: str,                    # one of `list_data()`, or "folder:PATH"
     root: str | Path = "",        # where files are; "" is $KDNB_DATA, else ~/.cache/kdnb
@@ -290,7 +294,7 @@ def load_data(
     label = Path(path).name
     return _assemble(label, train, test, val_fraction, split_seed, sha256).to(device)
 
-# %% ../nbs/00_data.ipynb #948e81e8
+# %% ../nbs/00_data.ipynb #4752da4e
 class Batches:
     "Shuffled, augmented batches of floats in [0, 1], cut on the device; a function of (seed, epoch)."
 
@@ -305,16 +309,12 @@ class Batches:
         drop_last: bool = True,   # leave out the incomplete last batch of an epoch
         seed: int = 0,
     ):
-        if augment not in ("none", "crop", "crop_flip"):
-            raise ValueError(f"augment must be none, crop or crop_flip, got {augment!r}")
-        if batch_size < 1 or (drop_last and batch_size > len(images)):
-            raise ValueError(f"batch_size must lie in [1, {len(images)}], got {batch_size}")
-        if padding < 0: raise ValueError(f"padding must be >= 0, got {padding}")
+        _check_batches(len(images), batch_size, augment, padding, drop_last)
         self.images, self.batch_size, self.augment = images, batch_size, augment
         self.shuffle, self.drop_last, self.seed, self.next_epoch = shuffle, drop_last, seed, 0
         self.padding = padding if augment != "none" else 0
         padded = F.pad(images.x, [self.padding] * 4)
-        if augment == "crop_flip": padded = torch.cat([padded, padded.flip(3)])   # mirrored image i is image N + i
+        if augment == "crop_flip": padded = torch.cat([padded, padded.flip(3)])  # i mirrored is N + i
         self.pixels = padded.permute(0, 2, 3, 1).contiguous()   # (N or 2N, H+2p, W+2p, C)
 
     def __len__(self):
@@ -327,44 +327,57 @@ class Batches:
 
     def epoch(
         self,
-        epoch: int,      # which epoch: order and augmentation are a function of (seed, epoch) alone
+        epoch: int,      # which epoch: order and augmentation depend on (seed, epoch) alone
         start: int = 0,  # first batch: a resumed run continues in the middle
     ) -> Iterator[tuple[Tensor, Tensor]]:  # x (B, C, H, W) float32 in [0, 1], y (B,) int64
         "The batches of one epoch from `start` on; under torch.distributed, this process's share of each."
-        n, size = len(self.images), self.batch_size
-        rank, world = _rank_and_world()
-        if size % world: raise ValueError(f"batch_size {size} is not divisible by {world} processes")
-        device = self.pixels.device
-        order = torch.arange(n)
-        if self.shuffle: order = torch.randperm(n, generator=random_stream(self.seed, "order", epoch))
-        draw = random_stream(self.seed, "augmentation", epoch)
-        shift = torch.randint(0, 2 * self.padding + 1, (n, 2), generator=draw)
-        mirror = torch.rand(n, generator=draw) < (0.5 if self.augment == "crop_flip" else 0.0)
-        order, shift, mirror = order.to(device), shift.to(device), mirror.to(device)
+        picked, order, shift = _plan_epoch(self, epoch)
         for k in range(start, len(self)):
-            first, count = k * size, min(size, n - k * size)
-            share = slice(first + rank * count // world, first + (rank + 1) * count // world)
-            yield self._cut(order[share] + n * mirror[share], shift[share]), self.images.y[order[share]]
+            share = _share(k * self.batch_size, min(self.batch_size, len(self.images) - k * self.batch_size))
+            yield _cut(self, picked[share], shift[share]), self.images.y[order[share]]
 
-    def _cut(self, index, shift):
-        if self.augment == "none": pixels = self.pixels.index_select(0, index)
-        else:
-            _, high, wide, c = self.pixels.shape
-            h, w = self.images.x.shape[2:]
-            rows = torch.arange(h, device=index.device)
-            starts = ((index[:, None] * high + shift[:, :1] + rows) * wide + shift[:, 1:]) * c   # (B, h)
-            flat = self.pixels.view(-1)
-            every_row = flat.as_strided((flat.numel() - w * c + 1, w * c), (1, 1))   # a view: row i from byte i
-            pixels = every_row.index_select(0, starts.view(-1)).view(-1, h, w, c)
-        return pixels.permute(0, 3, 1, 2).float().div_(255)
+# %% ../nbs/00_data.ipynb #6dcfb7ec
+def _plan_epoch(batches, epoch):
+    "(N,) rows of `pixels`, (N,) images in the same order, (N, 2) shifts."
+    n, device = len(batches.images), batches.pixels.device
+    order = torch.arange(n)
+    if batches.shuffle: order = torch.randperm(n, generator=random_stream(batches.seed, "order", epoch))
+    draw = random_stream(batches.seed, "augmentation", epoch)
+    shift = torch.randint(0, 2 * batches.padding + 1, (n, 2), generator=draw)
+    mirror = torch.rand(n, generator=draw) < (0.5 if batches.augment == "crop_flip" else 0.0)
+    return (order + n * mirror).to(device), order.to(device), shift.to(device)
 
+# %% ../nbs/00_data.ipynb #99b1eb9e
+def _cut(batches, picked, shift):
+    "(B, C, H, W) floats: the windows of `picked` that start at `shift`."
+    pixels = batches.pixels
+    if batches.augment == "none": return pixels.index_select(0, picked).permute(0, 3, 1, 2).float().div_(255)
+    (_, high, wide, c), (h, w) = pixels.shape, batches.images.x.shape[2:]
+    rows = torch.arange(h, device=picked.device)
+    starts = ((picked[:, None] * high + shift[:, :1] + rows) * wide + shift[:, 1:]) * c   # (B, h)
+    flat = pixels.view(-1)
+    every_row = flat.as_strided((flat.numel() - w * c + 1, w * c), (1, 1))
+    windows = every_row.index_select(0, starts.view(-1)).view(-1, h, w, c)
+    return windows.permute(0, 3, 1, 2).float().div_(255)
 
-def _rank_and_world():
+# %% ../nbs/00_data.ipynb #d42efa56
+def _check_batches(n, batch_size, augment, padding, drop_last):
+    if augment not in ("none", "crop", "crop_flip"):
+        raise ValueError(f"augment must be none, crop or crop_flip, got {augment!r}")
+    if batch_size < 1 or (drop_last and batch_size > n):
+        raise ValueError(f"batch_size must lie in [1, {n}], got {batch_size}")
+    if padding < 0: raise ValueError(f"padding must be >= 0, got {padding}")
+
+# %% ../nbs/00_data.ipynb #03342ec7
+def _share(first, count):
+    "Which part of a batch of `count` images from `first` on is this process's."
     from torch import distributed as dist
-    if not (dist.is_available() and dist.is_initialized()): return 0, 1
-    return dist.get_rank(), dist.get_world_size()
+    rank, world = 0, 1
+    if dist.is_available() and dist.is_initialized(): rank, world = dist.get_rank(), dist.get_world_size()
+    if count % world: raise ValueError(f"a batch of {count} images cannot be shared by {world} processes")
+    return slice(first + rank * count // world, first + (rank + 1) * count // world)
 
-# %% ../nbs/00_data.ipynb #1738d246
+# %% ../nbs/00_data.ipynb #6221a5c1
 def moons(
     n: int = 400,        # points in all
     noise: float = 0.1,  # standard deviation of the scatter; the moons have radius 1
@@ -378,7 +391,7 @@ def moons(
     lower = torch.stack([1 - angle.cos(), 0.5 - angle.sin()], 1)
     return torch.where(y[:, None] == 0, upper, lower) + noise * torch.randn(n, 2, generator=g), y
 
-
+# %% ../nbs/00_data.ipynb #77e31683
 def rings(
     n: int = 400,          # points in all
     classes: int = 3,      # ring k has radius k + 1

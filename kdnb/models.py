@@ -6,19 +6,19 @@
 __all__ = ['Normalize', 'PadShortcut', 'Residual', 'num_params', 'Net', 'list_models', 'check_model', 'create_model', 'features',
            'save_model', 'load_model']
 
-# %% ../nbs/01_models.ipynb #ffd23fc8
-import hashlib
+# %% ../nbs/01_models.ipynb #6d17f7db
 import json
 import re
 from difflib import get_close_matches
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/01_models.ipynb #31176df6
+# %% ../nbs/01_models.ipynb #543aaca9
 class Normalize(nn.Module):
     "(x - mean) / std per channel, as a model's first layer; without mean and std it changes nothing."
     # mean, std: C numbers, or None for 0 and 1; image_size: H = W that images must have, or None for any
@@ -28,7 +28,7 @@ class Normalize(nn.Module):
         for name, values, least in (("mean", mean, float("-inf")), ("std", std, 0.0)):
             values = [float(name == "std")] * in_channels if values is None else [float(v) for v in values]
             if len(values) != in_channels or not all(least < v < float("inf") for v in values):
-                raise ValueError(f"{name} needs {in_channels} finite numbers > {least}, got {values}")
+                raise ValueError(f"{name} needs {in_channels} numbers{' > 0' * (least == 0)}, got {values}")
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) float in [0, 1], to the same shape; gradient flows
@@ -232,7 +232,7 @@ def create_model(
     model.config = dict(name=name, **sizes, mean=mean, std=std, seed=seed)
     return model
 
-# %% ../nbs/01_models.ipynb #bd7a9500
+# %% ../nbs/01_models.ipynb #7bc73402
 def _hooked(model, x, names, maps):
     def keep(name, module, inputs, output):
         if isinstance(output, Tensor) and (names or (output.ndim == 4 and output.shape[2:].numel() > 1)):
@@ -240,19 +240,19 @@ def _hooked(model, x, names, maps):
                 maps.pop(old, None)  # a later map of this size replaces it
             maps[name] = output.clone()
 
-    chosen = names or [n for n, m in model.named_modules() if n and not isinstance(m, Normalize)]
-    handles = [model.get_submodule(n).register_forward_hook(partial(keep, n)) for n in chosen]
+    near = [n for n, m in model.named_modules() if n.count(".") < 2 and not isinstance(m, Normalize)]
+    handles = [model.get_submodule(n).register_forward_hook(partial(keep, n)) for n in names or near[1:]]
     try:
         return model(x)
     finally:
         for handle in handles:
             handle.remove()
 
-# %% ../nbs/01_models.ipynb #7cb96dc7
+# %% ../nbs/01_models.ipynb #103eb8dd
 def features(
     model: nn.Module,  # any; mode, buffers and hooks are left as a plain call leaves them
     x: Tensor,         # its input, (B, C, H, W) for the zoo
-    layers=None,       # names from model.named_modules(); None: the last 4-D output at each (H, W) above 1x1
+    layers=None,       # names from model.named_modules(); None: the last 4-D map of each size, see above
 ) -> tuple:            # what model(x) gives, {name: map}, maps (B, D, H, W); gradient flows through both
     "Run a model once and keep its feature maps by name; a layer that runs twice gives its last output."
     inner, maps = getattr(model, "_orig_mod", model), {}  # torch.compile hides the model in _orig_mod
@@ -286,7 +286,7 @@ def _rebuild(config, state):
         raise ValueError(f"these weights are not of {config['name']}: {first}") from None
     return model
 
-# %% ../nbs/01_models.ipynb #727a92f0
+# %% ../nbs/01_models.ipynb #186408ee
 def save_model(
     model: nn.Module,  # made by `create_model`, on any device, in any memory format
     path,              # PATH.safetensors and PATH.json are written; folders are made
@@ -299,16 +299,15 @@ def save_model(
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     _rebuild(model.config, state)  # a network that was changed since could never be loaded
     data = safetensors.torch.save(state)
-    card |= dict(model=model.config, num_params=num_params(model), sha256=hashlib.sha256(data).hexdigest())
+    card = dict(model=model.config, num_params=num_params(model), sha256=sha256(data).hexdigest()) | card
     text = json.dumps(card, indent=1, allow_nan=False).encode()
     for file, content in zip(_files(path), (data, text), strict=True):
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f"{file.name}.part")
-        part.write_bytes(content)
-        part.replace(file)
+        Path(f"{file}.part").write_bytes(content)
+        Path(f"{file}.part").replace(file)
     return card
 
-# %% ../nbs/01_models.ipynb #0ec160ac
+# %% ../nbs/01_models.ipynb #93cedc4a
 def load_model(path, device: str = "cpu") -> nn.Module:  # in evaluation mode; the card is its .card
     "Rebuild a model from its card, after checking that the weights are the ones the card describes."
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
@@ -316,10 +315,10 @@ def load_model(path, device: str = "cpu") -> nn.Module:  # in evaluation mode; t
     data, text = (file.read_bytes() for file in _files(path))
     try:
         card = json.loads(text)
-        config, sha256 = dict(card["model"]), card["sha256"]
+        config, digest = dict(card["model"]), card["sha256"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{_files(path)[1]} is no card of a kdnb model: {error}") from None
-    if hashlib.sha256(data).hexdigest() != sha256:
+    if sha256(data).hexdigest() != digest:
         raise ValueError(f"{_files(path)[0]} does not have its card's checksum: cut short or changed?")
     model = _rebuild(config, safetensors.torch.load(data))
     model.card = card

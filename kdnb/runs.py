@@ -25,14 +25,14 @@ from statistics import fmean, stdev
 
 from . import __version__
 
-# %% ../nbs/05_runs.ipynb #b8f30c3a
+# %% ../nbs/05_runs.ipynb #c04f2363
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 
 def run_parameters(namespace: dict) -> dict:  # a notebook's `globals()` -> name: int, float, str or bool
     "The annotated scalar variables of a notebook, no `_private` ones; if none is annotated, all scalars."
     known = namespace.get("__annotations__") or namespace
-    scalars = {k: v for k, v in namespace.items() if k in known and k[0] != "_" and type(v) in _TYPES.values()}
-    return {k: float(v) if known[k] is float else v for k, v in scalars.items()}  # lr = 1 is lr = 1.0
+    found = {k: v for k, v in namespace.items() if k in known and k[0] != "_" and type(v) in _TYPES.values()}
+    return {k: float(v) if known[k] is float else v for k, v in found.items()}  # lr = 1 is lr = 1.0
 
 # %% ../nbs/05_runs.ipynb #b1e56692
 def _portable(parameters):  # as a card keeps them: no `root`, of a path to elsewhere only the last name
@@ -418,13 +418,13 @@ def copy_notebooks(folder: str | Path, force: bool = False) -> list:  # force: r
         target.write_bytes(source.read_bytes())
     return list(targets.values())
 
-# %% ../nbs/05_runs.ipynb #653641f8
+# %% ../nbs/05_runs.ipynb #f236dd9a
 def _list(name):  # what `kdnb list` prints
     if name:
         name = _find(name)
         lines = [f"{name}: presets {', '.join(['default', *_presets(name)])}"]
         for key, (kind, default, words) in read_parameters(notebooks()[name]).items():
-            lines.append(f"  {key:<16} {kind.__name__:<6} {default!r:<14} {words}")
+            lines.append(f"  {key:<20} {kind.__name__:<6} {default!r:<14} {words}")
         return "\n".join(lines)
     titles = {n: _read_cells(p)[0]["source"] for n, p in notebooks().items()}
     return "\n".join(f"{n:<14} {''.join(t).splitlines()[0][2:]:<50} {' '.join(_presets(n))}".rstrip()

@@ -24,7 +24,7 @@ from torch import distributed as dist
 
 from .data import Images
 
-# %% ../nbs/03_training.ipynb #98e5f356
+# %% ../nbs/03_training.ipynb #7b04cabe
 def seed_everything(seed: int) -> None:
     "Seed the global streams of Python, NumPy and PyTorch (for dropout; the order of data has its own)."
     random.seed(seed)
@@ -32,7 +32,7 @@ def seed_everything(seed: int) -> None:
         sys.modules["numpy"].random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
-
+# %% ../nbs/03_training.ipynb #86191ccd
 def pick_device(
     name: str = "auto",  # "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1"
 ) -> torch.device:  # under torchrun, this process's own GPU
@@ -47,7 +47,7 @@ def pick_device(
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return device
 
-# %% ../nbs/03_training.ipynb #d05b9fb4
+# %% ../nbs/03_training.ipynb #8328b25d
 @torch.no_grad()
 def predict(
     model: nn.Module,           # called in evaluation mode, in float32; left exactly as found
@@ -64,7 +64,7 @@ def predict(
     finally:
         for module, training in found: module.training = training
 
-
+# %% ../nbs/03_training.ipynb #9fce476e
 def accuracy(
     model: nn.Module,           # (B, C, H, W) -> (B, K)
     images: Images,             # what to measure on
@@ -72,7 +72,7 @@ def accuracy(
     "Share of images whose largest logit is their label."
     return (predict(model, images).argmax(1).cpu() == images.y.cpu()).double().mean().item()
 
-# %% ../nbs/03_training.ipynb #ba9572cd
+# %% ../nbs/03_training.ipynb #1c3ed9b1
 def sgd(
     model: nn.Module,            # its trainable parameters are taken
     lr: float,                   # > 0
@@ -85,7 +85,7 @@ def sgd(
     trainable = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.SGD(trainable, lr, momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
 
-
+# %% ../nbs/03_training.ipynb #71b8b036
 class Supervised:
     "Train `student` on the labels alone, by cross-entropy: the baseline of every comparison."
 
@@ -113,7 +113,7 @@ class Supervised:
         "Move the learning rate on."
         if self.schedule: self.schedule.step()
 
-# %% ../nbs/03_training.ipynb #3a0edf86
+# %% ../nbs/03_training.ipynb #c03f797a
 class History:
     "Rows, one an epoch; `history['loss']` is a column. Keeps the student's weights of the best epoch."
 
@@ -145,7 +145,7 @@ class History:
         ax.legend(frameon=False)
         return ax
 
-# %% ../nbs/03_training.ipynb #f9837175
+# %% ../nbs/03_training.ipynb #3dc953b4
 class _Losses:
     "Named losses of an epoch; read from the device `flush` by `flush`."
 
@@ -177,25 +177,25 @@ class _Losses:
         self.sums, self.count = {}, 0
         return means
 
-
+# %% ../nbs/03_training.ipynb #7f127e32
 def _world() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
-# %% ../nbs/03_training.ipynb #67420b2e
+# %% ../nbs/03_training.ipynb #37448526
 class _Progress:
-    def __init__(self, mode: str, total: int, epochs: int):
+    def __init__(self, mode: str, total: int, done: int, epochs: int):
         if mode not in ("auto", "bar", "notebook", "lines", "off"):
             raise ValueError(f"progress must be auto, bar, notebook, lines or off, got {mode!r}")
         shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
         if mode == "auto":
             mode = "notebook" if hasattr(shell, "kernel") else "bar" if sys.stderr.isatty() else "lines"
         self.mode = "off" if _world() > 1 and dist.get_rank() else mode
-        self.epochs, self.total, self.done, self.text = epochs, total, 0, ""
+        self.epochs, self.total, self.done, self.text = epochs, total, done, ""
         self.start = self.last = time.monotonic()
         if self.mode == "bar":
             from tqdm import tqdm
 
-            self.bar = tqdm(total=total, unit="step")
+            self.bar = tqdm(total=total, initial=done, unit="step")
         if self.mode == "notebook":
             from IPython.display import display
 
@@ -222,11 +222,11 @@ class _Progress:
         if self.mode == "bar": self.bar.close()
         if self.mode == "notebook": self.handle.update({"text/plain": self.text}, raw=True)
 
-# %% ../nbs/03_training.ipynb #aec8e50a
+# %% ../nbs/03_training.ipynb #3b64a7fb
 def _stateful(method) -> dict[str, object]:
     return {k: v for k, v in vars(method).items() if hasattr(v, "load_state_dict")}
 
-
+# %% ../nbs/03_training.ipynb #43881e5f
 def _random_states() -> dict:
     states = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -236,7 +236,7 @@ def _random_states() -> dict:
         states["numpy"] = (kind, keys.tolist(), *rest)
     return states
 
-
+# %% ../nbs/03_training.ipynb #30e1f861
 def _restore_random(states: dict) -> None:
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
@@ -245,22 +245,26 @@ def _restore_random(states: dict) -> None:
     if "numpy" in states and "numpy" in sys.modules:
         sys.modules["numpy"].random.set_state(states["numpy"])
 
-# %% ../nbs/03_training.ipynb #0b9684ab
+# %% ../nbs/03_training.ipynb #1efdea61
 class _Checkpoint:
-    def __init__(self, path, method, history, losses, done, config):
-        self.path = Path(path) if path else None
-        self.method, self.history, self.losses = method, history, losses
-        self.done, self.config = done, config
+    def __init__(self, run):
+        self.run, self.path = run, Path(run.checkpoint) if run.checkpoint else None
+        shapes = [list(p.shape) for p in run.method.student.parameters()]
+        self.identity = {
+            "method": type(run.method).__name__, "student": shapes, "seed": run.seed,
+            "precision": run.precision, "steps an epoch": run.epoch_steps, "number of processes": _world(),
+        }
 
     def save(self) -> None:
         if not self.path: return
         states = [_random_states()]
         if _world() > 1: dist.all_gather_object(states := [None] * _world(), _random_states())
         if _world() > 1 and dist.get_rank(): return
+        run = self.run
         content = {
-            "config": self.config, "done": dict(self.done), "random": states, "history": vars(self.history),
-            "parts": {k: v.state_dict() for k, v in _stateful(self.method).items()},
-            "losses": (self.losses.sums, self.losses.count),
+            "identity": self.identity, "done": run.done, "random": states, "history": vars(run.history),
+            "parts": {k: v.state_dict() for k, v in _stateful(run.method).items()},
+            "losses": (run.losses.sums, run.losses.count),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part_file = self.path.with_name(f"{self.path.name}.part")
@@ -269,24 +273,28 @@ class _Checkpoint:
 
     def load(self) -> None:
         if not self.path or not self.path.exists(): return
-        name = self.path.name
-        try:
-            saved = torch.load(self.path, map_location="cpu", weights_only=True)
-            saved["config"]
-        except Exception:
-            raise ValueError(f"{name} is not a complete checkpoint (truncated or of another kind); "
-                             "delete it to start anew") from None
-        for key, mine in self.config.items():
-            if (theirs := saved["config"].get(key)) != mine:
-                raise ValueError(f"{name} belongs to another run: its {key} is {theirs}, not {mine}; "
-                                 "delete it or use another path")
-        for key, part in _stateful(self.method).items(): part.load_state_dict(saved["parts"][key])
-        vars(self.history).update(saved["history"])
-        self.losses.sums, self.losses.count = saved["losses"]
-        self.done.update(saved["done"])
+        run, saved = self.run, _read_checkpoint(self.path)
+        for key, mine in self.identity.items():
+            if (theirs := saved["identity"].get(key)) != mine:
+                raise ValueError(f"{self.path.name} belongs to another run: its {key} is {theirs}, "
+                                 f"not {mine}; delete it or use another path")
+        for key, part in _stateful(run.method).items(): part.load_state_dict(saved["parts"][key])
+        vars(run.history).update(saved["history"])
+        run.losses.sums, run.losses.count = saved["losses"]
+        run.done.update(saved["done"])
         _restore_random(saved["random"][dist.get_rank() if _world() > 1 else 0])
 
-# %% ../nbs/03_training.ipynb #05a607f6
+# %% ../nbs/03_training.ipynb #200012ba
+def _read_checkpoint(path: Path) -> dict:
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved["identity"]
+        return saved
+    except Exception:
+        raise ValueError(f"{path.name} is not a complete checkpoint (truncated or of another kind); "
+                         "delete it to start anew") from None
+
+# %% ../nbs/03_training.ipynb #94fdabd6
 def _join_processes(device: torch.device) -> None:
     "Join the other processes if torchrun started several."
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
@@ -294,7 +302,7 @@ def _join_processes(device: torch.device) -> None:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
 
-
+# %% ../nbs/03_training.ipynb #9f8d1942
 def _average_gradients(optimizer, args, kwargs) -> None:
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not grads: return
@@ -304,49 +312,48 @@ def _average_gradients(optimizer, args, kwargs) -> None:
     for g, piece in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
         g.copy_(piece.view_as(g))
 
-
+# %% ../nbs/03_training.ipynb #e21dad1b
 def _same_everywhere(modules: Iterable[nn.Module]) -> None:
     "Every process takes the weights and buffers of the first."
     if _world() > 1:
         for module in modules:
             for tensor in module.state_dict().values(): dist.broadcast(tensor, 0)
 
-# %% ../nbs/03_training.ipynb #674bc2b6
-def _prepare(method, device, precision, compile, undo: ExitStack):
+# %% ../nbs/03_training.ipynb #2de7a224
+def _prepare(run, undo: ExitStack) -> list[nn.Module]:
     "Place the networks, hook the optimisers; what is registered with `undo` is taken back at the end."
-    parts = _stateful(method).values()
+    parts = _stateful(run.method).values()
     modules = [m for m in parts if isinstance(m, nn.Module)]
     for module in modules:
-        module.to(device)
+        module.to(run.device)
         if any(isinstance(m, nn.Conv2d) for m in module.modules()):
             module.to(memory_format=torch.channels_last)
-        if compile:
+        if run.compile:
             module.compile()
             undo.callback(setattr, module, "_compiled_call_impl", None)
     for optimizer in (o for o in parts if isinstance(o, torch.optim.Optimizer)):
         if _world() > 1: undo.callback(optimizer.register_step_pre_hook(_average_gradients).remove)
-        if precision == "bf16":
+        if run.precision == "bf16":
             undo.callback(optimizer.register_step_post_hook(lambda *_: torch.clear_autocast_cache()).remove)
     return modules
 
+# %% ../nbs/03_training.ipynb #03eae2e5
+def _source(run, epoch):
+    "The batches of an epoch, from where the run is; `(None, None)` for methods that make their own data."
+    start = run.done["batch"]
+    if run.batches is None: return ((None, None) for _ in range(start, run.epoch_steps))
+    if hasattr(run.batches, "epoch"): return run.batches.epoch(epoch, start)
+    return islice(iter(run.batches), start, None)
 
-def _source(batches, epoch_steps, epoch, start):
-    "The batches of an epoch from `start` on; `(None, None)` for methods that make their own data."
-    if batches is None: return ((None, None) for _ in range(start, epoch_steps))
-    if hasattr(batches, "epoch"): return batches.epoch(epoch, start)
-    return islice(iter(batches), start, None)
-
-
+# %% ../nbs/03_training.ipynb #4fbbf50b
 def _check_batch(x: Tensor, y: Tensor) -> None:
     if len(x) != len(y): raise ValueError(f"{len(x)} images but {len(y)} labels in a batch")
     if not bool(torch.isfinite(x).all()): raise ValueError("the first batch holds NaN or infinite values")
     if x.ndim == 4 and (x.min() < 0 or x.max() > 1):
-        raise ValueError(
-            f"images must be floats in [0, 1] (the network normalises), got [{x.min():.3g}, {x.max():.3g}]"
-        )
+        raise ValueError(f"images must be floats in [0, 1], got [{x.min():.3g}, {x.max():.3g}]")
     if y.min() < 0: raise ValueError(f"labels must be >= 0, got {y.min()}")
 
-# %% ../nbs/03_training.ipynb #4ced5ff2
+# %% ../nbs/03_training.ipynb #9799360f
 def fit(
     method,                              # has `step(x, y)`; may have start_epoch(epoch), end_epoch(epoch)
     batches: Iterable | None = None,     # `Batches` or any re-iterable of (x, y); None: no data
@@ -367,101 +374,87 @@ def fit(
     progress: str = "auto",              # "auto", "bar", "notebook", "lines", "off"
 ) -> History:
     "Train a method; resumes where `checkpoint` left off, to the same bits."
-    epochs, epoch_steps = _plan(batches, epochs, steps, epoch_steps, precision)
-    device = pick_device(str(device)) if device else next(method.student.parameters()).device
-    _join_processes(device)
-    seed_everything(seed + 1000003 * (dist.get_rank() if _world() > 1 else 0))
-    history, losses, done = History(), _Losses(), {"epoch": 0, "batch": 0, "step": 0, "seconds": 0.0}
+    run = SimpleNamespace(**locals())
+    _plan(run)
     with ExitStack() as undo:
-        modules = _prepare(method, device, precision, compile, undo)
-        identity = _identity(method, seed, precision, epoch_steps)
-        keeper = _Checkpoint(checkpoint, method, history, losses, done, identity)
+        modules = _prepare(run, undo)
+        keeper = _Checkpoint(run)
         keeper.load()
         _same_everywhere(modules)
-        bar = _Progress(progress, (steps or epochs * epoch_steps) - done["step"], epochs)
+        bar = _Progress(progress, run.epochs * run.epoch_steps, run.done["step"], run.epochs)
         undo.callback(bar.close)
-        run = SimpleNamespace(
-            method=method, batches=batches, epoch_steps=epoch_steps, losses=losses, done=done, keeper=keeper,
-            bar=bar, device=device, bf16=precision == "bf16", checkpoint_steps=checkpoint_steps,
-            stop=min(filter(None, (steps, max_steps)), default=float("inf")),
-        )
-        for epoch in range(done["epoch"], epochs):
-            finished = _train_epoch(run, epoch)
-            if not finished: break
+        for epoch in range(run.done["epoch"], run.epochs):
+            if not _train_epoch(run, epoch, keeper, bar): break
             _same_everywhere(modules)
-            row = _row(method, epoch, done, losses.close(), *finished)
-            if isinstance(validate, Images): row["val_accuracy"] = accuracy(method.student, validate)
-            elif validate: row |= validate()
-            history.add(row, method.student, select)
-            done |= {"epoch": epoch + 1, "batch": 0}
+            row = _finish_epoch(run, epoch)
             keeper.save()
             bar.epoch(row)
             for tracker in trackers: tracker(row)
-            if done["step"] >= run.stop: break
-    return history
+            if run.done["step"] >= run.stop: break
+    return run.history
 
-# %% ../nbs/03_training.ipynb #9acf4f77
-def _plan(batches, epochs, steps, epoch_steps, precision) -> tuple[int, int]:
-    "Check what was asked for; how many epochs, of how many steps."
-    if precision not in ("fp32", "bf16"):
-        raise ValueError(f"precision must be fp32 or bf16, got {precision!r}")
-    if batches is None:
-        if epochs or not steps or steps < 1:
-            raise ValueError(f"without batches pass steps >= 1, and no epochs; got {steps} and {epochs}")
-        return -(-steps // epoch_steps), epoch_steps
-    if steps or epochs is None or epochs < 0:
-        raise ValueError(f"with batches pass epochs >= 0, and no steps; got {epochs} and {steps}")
-    return epochs, len(batches)
+# %% ../nbs/03_training.ipynb #d6e33fc1
+def _plan(run) -> None:
+    if run.precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision must be fp32 or bf16, got {run.precision!r}")
+    if run.batches is None and (run.epochs or not run.steps or run.steps < 1):
+        raise ValueError(f"without batches pass steps >= 1, and no epochs; got {run.steps} and {run.epochs}")
+    if run.batches is not None and (run.steps or run.epochs is None or run.epochs < 0):
+        raise ValueError(f"with batches pass epochs >= 0, and no steps; got {run.epochs} and {run.steps}")
+    if run.batches is None: run.epochs = -(-run.steps // run.epoch_steps)
+    else: run.epoch_steps = len(run.batches)
+    run.stop = min(filter(None, (run.steps, run.max_steps)), default=float("inf"))
+    run.device = pick_device(str(run.device)) if run.device else next(run.method.student.parameters()).device
+    _join_processes(run.device)
+    seed_everything(run.seed + 1000003 * (dist.get_rank() if _world() > 1 else 0))
+    run.history, run.losses = History(), _Losses()
+    run.done = {"epoch": 0, "batch": 0, "step": 0, "seconds": 0.0}
 
-
-def _identity(method, seed, precision, epoch_steps) -> dict:
-    "What must agree between a checkpoint and the run that resumes from it."
-    shapes = [list(p.shape) for p in method.student.parameters()]
-    return {
-        "method": type(method).__name__,
-        "seed": seed,
-        "precision": precision,
-        "steps an epoch": epoch_steps,
-        "number of processes": _world(),
-        "student": shapes,
-    }
-
-
-def _row(method, epoch, done, means, images, seconds) -> dict[str, float]:
-    "An epoch in numbers."
-    optimizers = [o for o in _stateful(method).values() if isinstance(o, torch.optim.Optimizer)]
-    rate = {"lr": optimizers[0].param_groups[0]["lr"]} if optimizers else {}
-    speed = {"samples_per_s": images / seconds} if images else {}
-    return {"epoch": epoch + 1, "step": done["step"], **means, **rate, "seconds": done["seconds"], **speed}
-
-# %% ../nbs/03_training.ipynb #8e8b8bdc
-def _train_epoch(run, epoch):
-    "The steps of one epoch; returns (images, seconds) of this sitting, or None when stopped before its end."
-    done, begin, before, images = run.done, time.monotonic(), run.done["seconds"], 0
+# %% ../nbs/03_training.ipynb #2a435e81
+def _train_epoch(run, epoch, keeper, bar) -> bool:
+    "Returns whether the epoch was finished; it is not when a trial run ends in the middle."
+    done, begin, before = run.done, time.monotonic(), run.done["seconds"]
+    run.images = 0
     if hasattr(run.method, "start_epoch"): run.method.start_epoch(epoch)
-    for x, y in _source(run.batches, run.epoch_steps, epoch, done["batch"]):
-        if x is not None:
-            x, y = x.to(run.device, non_blocking=True), y.to(run.device, non_blocking=True)
-            images += len(x) * _world()
-            if done["step"] == 0 and not hasattr(run.batches, "epoch"): _check_batch(x, y)
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
+    for x, y in _source(run, epoch):
+        if x is not None: x, y = _place(run, x, y)
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
             run.losses.pending.append(run.method.step(x, y))
         done["batch"] += 1
         done["step"] += 1
-        run.bar.step()
+        done["seconds"] = before + time.monotonic() - begin
+        bar.step()
         stopping = done["step"] >= run.stop and done["batch"] < run.epoch_steps
         saving = stopping or (run.checkpoint_steps and done["step"] % run.checkpoint_steps == 0)
         if saving or done["step"] % 50 == 0: run.losses.flush(done["step"])
-        if saving:
-            done["seconds"] = before + time.monotonic() - begin
-            run.keeper.save()
-        if stopping: return None
+        if saving: keeper.save()
+        if stopping: return False
     run.losses.flush(done["step"])
     done["seconds"] = before + time.monotonic() - begin
-    if hasattr(run.method, "end_epoch"): run.method.end_epoch(epoch)
-    return images, done["seconds"] - before
+    run.speed = run.images / max(done["seconds"] - before, 1e-9)
+    return True
 
-# %% ../nbs/03_training.ipynb #98551efa
+# %% ../nbs/03_training.ipynb #d106b0c4
+def _place(run, x, y):
+    if run.done["step"] == 0 and not hasattr(run.batches, "epoch"): _check_batch(x, y)
+    run.images += len(x) * _world()
+    return x.to(run.device, non_blocking=True), y.to(run.device, non_blocking=True)
+
+# %% ../nbs/03_training.ipynb #347de018
+def _finish_epoch(run, epoch) -> dict[str, float]:
+    method, done = run.method, run.done
+    optimizers = [o for o in _stateful(method).values() if isinstance(o, torch.optim.Optimizer)]
+    rate = {"lr": optimizers[0].param_groups[0]["lr"]} if optimizers else {}
+    if hasattr(method, "end_epoch"): method.end_epoch(epoch)
+    row = {"epoch": epoch + 1, "step": done["step"], **run.losses.close(), **rate, "seconds": done["seconds"]}
+    if run.images: row["samples_per_s"] = run.speed
+    if isinstance(run.validate, Images): row["val_accuracy"] = accuracy(method.student, run.validate)
+    elif run.validate: row |= run.validate()
+    run.history.add(row, method.student, run.select)
+    done |= {"epoch": epoch + 1, "batch": 0}
+    return row
+
+# %% ../nbs/03_training.ipynb #d176a189
 class TensorBoard:
     "A tracker for `fit`: writes every number of a row as a scalar of that name."
 

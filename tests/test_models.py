@@ -175,6 +175,7 @@ def test_wrong_images(x):
 
 @pytest.mark.parametrize("name, first, last", [
     ("resnet18", "act1", "layer4"), ("mobilenetv3_small_100", "bn1", "blocks"),
+    ("efficientnet_b0", "blocks.0", "bn2"), ("convnext_atto", "stages.0", "norm_pre"),
 ])
 def test_features_of_timm(name, first, last):
     model, x = timm.create_model(name, pretrained=False).eval(), torch.rand(1, 3, 64, 64)

@@ -29,7 +29,7 @@ TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 # "(B, K) raw scores", "scalar, nats", "any shape"
 SHAPE = re.compile(r"\([^()]*\b[A-Z]\b[^()]*\)|\bscalar\b|\bshape\b")
 # a folder of somebody's machine
-MACHINE = re.compile(r"(?<![\w.~])/(home|root|tmp|work|Users)/|\b[A-Z]:\\\\?\w")
+MACHINE = re.compile(r"(?<![\w.~])/(home|root|tmp|work|Users)/|\b[A-Z]:\\\\?Users\b")
 
 each_notebook = pytest.mark.parametrize("name", NOTEBOOKS)
 each_paper = pytest.mark.parametrize("name", PAPERS)
