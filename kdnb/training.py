@@ -113,7 +113,7 @@ class Supervised:
         "Move the learning rate on."
         if self.schedule: self.schedule.step()
 
-# %% ../nbs/03_training.ipynb #c03f797a
+# %% ../nbs/03_training.ipynb #e56062cc
 class History:
     "Rows, one an epoch; `history['loss']` is a column. Keeps the student's weights of the best epoch."
 
@@ -121,6 +121,7 @@ class History:
         self.rows: list[dict[str, float]] = []
         self.best_epoch: int | None = None  # counted from 1
         self.best_state: dict[str, Tensor] | None = None
+        self.earlier_seconds = 0.0  # spent before this sitting, if the run was resumed
 
     def __len__(self):
         return len(self.rows)
@@ -245,13 +246,14 @@ def _restore_random(states: dict) -> None:
     if "numpy" in states and "numpy" in sys.modules:
         sys.modules["numpy"].random.set_state(states["numpy"])
 
-# %% ../nbs/03_training.ipynb #1efdea61
+# %% ../nbs/03_training.ipynb #f016a088
 class _Checkpoint:
     def __init__(self, run):
         self.run, self.path = run, Path(run.checkpoint) if run.checkpoint else None
+        settings = {k: v for k, v in vars(run.method).items() if isinstance(v, int | float | str)}
         shapes = [list(p.shape) for p in run.method.student.parameters()]
         self.identity = {
-            "method": type(run.method).__name__, "student": shapes, "seed": run.seed,
+            "method": type(run.method).__name__, **settings, "student": shapes, "seed": run.seed,
             "precision": run.precision, "steps an epoch": run.epoch_steps, "number of processes": _world(),
         }
 
@@ -282,6 +284,7 @@ class _Checkpoint:
         vars(run.history).update(saved["history"])
         run.losses.sums, run.losses.count = saved["losses"]
         run.done.update(saved["done"])
+        run.history.earlier_seconds = run.done["seconds"]
         _restore_random(saved["random"][dist.get_rank() if _world() > 1 else 0])
 
 # %% ../nbs/03_training.ipynb #200012ba
