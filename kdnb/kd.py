@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .training import sgd
 
-# %% ../nbs/10_kd.ipynb #a62c9446
+# %% ../nbs/10_kd.ipynb #eae95900
 def kd_loss(
     student_logits: Tensor,         # (B, K) raw scores; gradient flows here
     teacher_logits: Tensor,         # (B, K) raw scores; no hidden detach: freezing is the caller's decision
@@ -33,7 +33,7 @@ def kd_loss(
     divergence = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
     return temperature**2 * (divergence if reduction == "batchmean" else divergence / student_logits.shape[1])
 
-# %% ../nbs/10_kd.ipynb #8c2169e5
+# %% ../nbs/10_kd.ipynb #f15a5567
 class KD:
     "Train `student` on labels and on a frozen teacher's softened answers (Hinton et al. 2015)."
 

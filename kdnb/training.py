@@ -146,7 +146,7 @@ class History:
         ax.legend(frameon=False)
         return ax
 
-# %% ../nbs/03_training.ipynb #3dc953b4
+# %% ../nbs/03_training.ipynb #0db5a64a
 class _Losses:
     "Named losses of an epoch; read from the device `flush` by `flush`."
 
@@ -166,7 +166,7 @@ class _Losses:
             row, column = bad[0].tolist()
             raise FloatingPointError(
                 f"{names[column]} became {table[row, column]:g} at step {first + row}; "
-                "lower the learning rate, or resume from the last checkpoint, which is still good"
+                "lower the learning rate; the last checkpoint, if any, is from before that step"
             )
         for name, value in zip(names, table.sum(0).tolist(), strict=True):
             self.sums[name] = self.sums.get(name, 0.0) + value
@@ -223,9 +223,15 @@ class _Progress:
         if self.mode == "bar": self.bar.close()
         if self.mode == "notebook": self.handle.update({"text/plain": self.text}, raw=True)
 
-# %% ../nbs/03_training.ipynb #3b64a7fb
+# %% ../nbs/03_training.ipynb #0defe546
 def _stateful(method) -> dict[str, object]:
-    return {k: v for k, v in vars(method).items() if hasattr(v, "load_state_dict")}
+    "Everything with a state that a method holds: as an attribute, or in a list or dict that is one."
+    found = {}
+    for name, value in vars(method).items():
+        several = isinstance(value, list | tuple | dict)
+        inside = value.items() if isinstance(value, dict) else enumerate(value) if several else ()
+        found |= {f"{name}.{k}": v for k, v in inside} if several else {name: value}
+    return {k: v for k, v in found.items() if hasattr(v, "load_state_dict")}
 
 # %% ../nbs/03_training.ipynb #43881e5f
 def _random_states() -> dict:
@@ -246,19 +252,17 @@ def _restore_random(states: dict) -> None:
     if "numpy" in states and "numpy" in sys.modules:
         sys.modules["numpy"].random.set_state(states["numpy"])
 
-# %% ../nbs/03_training.ipynb #f016a088
+# %% ../nbs/03_training.ipynb #1f3386e7
 class _Checkpoint:
     def __init__(self, run):
         self.run, self.path = run, Path(run.checkpoint) if run.checkpoint else None
-        settings = {k: v for k, v in vars(run.method).items() if isinstance(v, int | float | str)}
-        shapes = [list(p.shape) for p in run.method.student.parameters()]
-        self.identity = {
-            "method": type(run.method).__name__, **settings, "student": shapes, "seed": run.seed,
-            "precision": run.precision, "steps an epoch": run.epoch_steps, "number of processes": _world(),
-        }
+        self.identity = _identity(run)
 
     def save(self) -> None:
         if not self.path: return
+        if not all(p.isfinite().all() for p in self.run.method.student.parameters()):
+            raise FloatingPointError(f"weights are not finite at step {self.run.done['step']}; lower the "
+                                     "learning rate; the last checkpoint is from before that step")
         states = [_random_states()]
         if _world() > 1: dist.all_gather_object(states := [None] * _world(), _random_states())
         if _world() > 1 and dist.get_rank(): return
@@ -287,7 +291,26 @@ class _Checkpoint:
         run.history.earlier_seconds = run.done["seconds"]
         _restore_random(saved["random"][dist.get_rank() if _world() > 1 else 0])
 
-# %% ../nbs/03_training.ipynb #200012ba
+# %% ../nbs/03_training.ipynb #9a962694
+def _identity(run) -> dict:
+    "What must agree between a checkpoint and the run that resumes from it."
+    method, shapes = run.method, [list(p.shape) for p in run.method.student.parameters()]
+    optimizers = {k: v for k, v in _stateful(method).items() if isinstance(v, torch.optim.Optimizer)}
+    return {
+        "method": type(method).__name__, **_numbers([vars(method)])[0], "student": shapes,
+        **{name: _numbers(o.param_groups) for name, o in optimizers.items()},
+        "batches": _numbers([vars(run.batches)]) if hasattr(run.batches, "epoch") else None,
+        "seed": run.seed, "precision": run.precision, "steps an epoch": run.epoch_steps,
+        "number of processes": _world(),
+    }
+
+# %% ../nbs/03_training.ipynb #5efa77b2
+def _numbers(dicts) -> list[dict]:
+    "The plain values in some dicts: learning rates, weight decay, batch size, seed, ..."
+    return [{k: v for k, v in d.items() if isinstance(v, int | float | str) and k != "next_epoch"}
+            for d in dicts]
+
+# %% ../nbs/03_training.ipynb #bd2c7e0d
 def _read_checkpoint(path: Path) -> dict:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -297,7 +320,7 @@ def _read_checkpoint(path: Path) -> dict:
         raise ValueError(f"{path.name} is not a complete checkpoint (truncated or of another kind); "
                          "delete it to start anew") from None
 
-# %% ../nbs/03_training.ipynb #94fdabd6
+# %% ../nbs/03_training.ipynb #547fd2ab
 def _join_processes(device: torch.device) -> None:
     "Join the other processes if torchrun started several."
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
@@ -305,7 +328,7 @@ def _join_processes(device: torch.device) -> None:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
 
-# %% ../nbs/03_training.ipynb #9f8d1942
+# %% ../nbs/03_training.ipynb #a618ee41
 def _average_gradients(optimizer, args, kwargs) -> None:
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not grads: return
@@ -315,14 +338,14 @@ def _average_gradients(optimizer, args, kwargs) -> None:
     for g, piece in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
         g.copy_(piece.view_as(g))
 
-# %% ../nbs/03_training.ipynb #e21dad1b
+# %% ../nbs/03_training.ipynb #c007021e
 def _same_everywhere(modules: Iterable[nn.Module]) -> None:
     "Every process takes the weights and buffers of the first."
     if _world() > 1:
         for module in modules:
             for tensor in module.state_dict().values(): dist.broadcast(tensor, 0)
 
-# %% ../nbs/03_training.ipynb #2de7a224
+# %% ../nbs/03_training.ipynb #de4b3bc9
 def _prepare(run, undo: ExitStack) -> list[nn.Module]:
     "Place the networks, hook the optimisers; what is registered with `undo` is taken back at the end."
     parts = _stateful(run.method).values()
@@ -340,7 +363,7 @@ def _prepare(run, undo: ExitStack) -> list[nn.Module]:
             undo.callback(optimizer.register_step_post_hook(lambda *_: torch.clear_autocast_cache()).remove)
     return modules
 
-# %% ../nbs/03_training.ipynb #03eae2e5
+# %% ../nbs/03_training.ipynb #037daf5a
 def _source(run, epoch):
     "The batches of an epoch, from where the run is; `(None, None)` for methods that make their own data."
     start = run.done["batch"]
@@ -348,7 +371,7 @@ def _source(run, epoch):
     if hasattr(run.batches, "epoch"): return run.batches.epoch(epoch, start)
     return islice(iter(run.batches), start, None)
 
-# %% ../nbs/03_training.ipynb #4fbbf50b
+# %% ../nbs/03_training.ipynb #2f12fb52
 def _check_batch(x: Tensor, y: Tensor) -> None:
     if len(x) != len(y): raise ValueError(f"{len(x)} images but {len(y)} labels in a batch")
     if not bool(torch.isfinite(x).all()): raise ValueError("the first batch holds NaN or infinite values")
@@ -356,7 +379,7 @@ def _check_batch(x: Tensor, y: Tensor) -> None:
         raise ValueError(f"images must be floats in [0, 1], got [{x.min():.3g}, {x.max():.3g}]")
     if y.min() < 0: raise ValueError(f"labels must be >= 0, got {y.min()}")
 
-# %% ../nbs/03_training.ipynb #9799360f
+# %% ../nbs/03_training.ipynb #10f82cd0
 def fit(
     method,                              # has `step(x, y)`; may have start_epoch(epoch), end_epoch(epoch)
     batches: Iterable | None = None,     # `Batches` or any re-iterable of (x, y); None: no data
@@ -396,7 +419,7 @@ def fit(
             if run.done["step"] >= run.stop: break
     return run.history
 
-# %% ../nbs/03_training.ipynb #d6e33fc1
+# %% ../nbs/03_training.ipynb #6e4a9732
 def _plan(run) -> None:
     if run.precision not in ("fp32", "bf16"):
         raise ValueError(f"precision must be fp32 or bf16, got {run.precision!r}")
@@ -413,7 +436,7 @@ def _plan(run) -> None:
     run.history, run.losses = History(), _Losses()
     run.done = {"epoch": 0, "batch": 0, "step": 0, "seconds": 0.0}
 
-# %% ../nbs/03_training.ipynb #2a435e81
+# %% ../nbs/03_training.ipynb #1ee89f32
 def _train_epoch(run, epoch, keeper, bar) -> bool:
     "Returns whether the epoch was finished; it is not when a trial run ends in the middle."
     done, begin, before = run.done, time.monotonic(), run.done["seconds"]
@@ -437,13 +460,13 @@ def _train_epoch(run, epoch, keeper, bar) -> bool:
     run.speed = run.images / max(done["seconds"] - before, 1e-9)
     return True
 
-# %% ../nbs/03_training.ipynb #d106b0c4
+# %% ../nbs/03_training.ipynb #d00304ed
 def _place(run, x, y):
     if run.done["step"] == 0 and not hasattr(run.batches, "epoch"): _check_batch(x, y)
     run.images += len(x) * _world()
     return x.to(run.device, non_blocking=True), y.to(run.device, non_blocking=True)
 
-# %% ../nbs/03_training.ipynb #347de018
+# %% ../nbs/03_training.ipynb #bcd30739
 def _finish_epoch(run, epoch) -> dict[str, float]:
     method, done = run.method, run.done
     optimizers = [o for o in _stateful(method).values() if isinstance(o, torch.optim.Optimizer)]
@@ -457,7 +480,7 @@ def _finish_epoch(run, epoch) -> dict[str, float]:
     done |= {"epoch": epoch + 1, "batch": 0}
     return row
 
-# %% ../nbs/03_training.ipynb #d176a189
+# %% ../nbs/03_training.ipynb #31d6216a
 class TensorBoard:
     "A tracker for `fit`: writes every number of a row as a scalar of that name."
 

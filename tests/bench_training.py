@@ -1,14 +1,16 @@
 """How fast: `python tests/bench_training.py [ROUNDS]`, one thread, one process, a few minutes.
 
-Each row times two ways to do the same work in turns and prints the median ratio with its quartiles. That both
-compute the same is asserted first. Ratios travel from machine to machine, seconds do not. The last column is the
-share of this machine's measured float32 matrix-product speed that our side reaches (bfloat16 may exceed 1).
+Each row times two ways to do the same work in turns and prints the median ratio with its quartiles. That
+both compute the same is asserted first. Ratios travel from machine to machine, seconds do not. The last
+column is the share of this machine's float32 matrix-product speed that our side reaches (bfloat16 may
+exceed 1).
 """
 
 import statistics
 import sys
 import time
 import warnings
+from functools import partial
 
 import torch
 from torch import nn
@@ -32,13 +34,17 @@ def matmul_peak():
     return 2 * 1024**3 / min(clock(lambda: a @ a) for _ in range(10))
 
 
+def report(work, ratios, target="", share="     -", more=""):
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    print(f"{work:50} {middle:7.2f} [{low:.2f}, {high:.2f}]  {target:>7} {share}{more}", flush=True)
+
+
 def compare(work, ours, peer, rounds, flops=0.0, peak=1.0, target=""):
     "Both once for warming up, then in turns."
     ours(), peer()
     times = [(clock(ours), clock(peer)) for _ in range(rounds)]
-    low, middle, high = statistics.quantiles([p / o for o, p in times], n=4)
     share = f"{flops / statistics.median(o for o, _ in times) / peak:6.2f}" if flops else "     -"
-    print(f"{work:58} {middle:7.2f} [{low:.2f}, {high:.2f}]  {target:>7} {share}", flush=True)
+    report(work, [p / o for o, p in times], target, share)
 
 
 def random_images(n, channels, size):
@@ -87,13 +93,9 @@ def bench_data(rounds):
 
     whole(), piece()
     rates = [((390 * 128) / clock(whole), (20 * 128) / clock(piece)) for _ in range(rounds)]
-    ratio = statistics.quantiles([a / b for a, b in rates], n=4)
     mine, theirs = (statistics.median(r) for r in zip(*rates, strict=True))
-    print(
-        f"{'50,000 images, crop, flip: Batches / DataLoader':58} {ratio[1]:7.2f} [{ratio[0]:.2f}, {ratio[2]:.2f}]"
-        f"     >= 40      -   ({mine:,.0f} / {theirs:,.0f} images/s)",
-        flush=True,
-    )
+    more = f"   ({mine:,.0f} / {theirs:,.0f} images/s)"
+    report("50,000 images, crop, flip: Batches / DataLoader", [a / b for a, b in rates], ">= 20", more=more)
 
 
 # ---- the loop: fit against the bare loop, with the same step
@@ -139,47 +141,36 @@ class Usual:
         return {"loss": loss.detach()}
 
 
-def bench_switches(rounds, peak):
-    for name, channels, size in (("resnet20", 3, 32), ("mlp_1200_1200", 1, 28)):
-        images = random_images(128 * 6, channels, size)
-        make = lambda: create_model(name, in_channels=channels, image_size=size, seed=0)  # noqa: B023, E731
-        x, y = next(iter(Batches(images, 128)))
-        with FlopCounterMode(display=False) as counter:
-            Supervised(make(), lr=0.01).step(x, y)
-        flops, losses = counter.get_total_flops() * 6, {}
+def bench_switches(name, channels, size, rounds, peak):
+    images, losses = random_images(128 * 6, channels, size), {}
 
-        def usual(method):
-            for x, y in Batches(images, 128).epoch(0):  # noqa: B023
-                losses["usual"] = method.step(x.contiguous(), y)["loss"].item()  # noqa: B023
+    def new():
+        return create_model(name, in_channels=channels, image_size=size, seed=0)
 
-        def ours(method, key, **switches):
-            history = fit(method, Batches(images, 128), epochs=1, progress="off", **switches)  # noqa: B023
-            losses.setdefault(key, history["loss"][0])  # noqa: B023
+    def usual(method):
+        for x, y in Batches(images, 128).epoch(0):
+            losses["usual"] = method.step(x.contiguous(), y)["loss"].item()
 
-        plain, slow = Supervised(make(), lr=0.01), Usual(make())
-        fast = {"bf16": dict(precision="bf16"), "bf16 + compile": dict(precision="bf16", compile=True)}
+    def ours(method, key, precision="fp32"):
+        history = fit(method, Batches(images, 128), epochs=1, progress="off", precision=precision)
+        losses.setdefault(key, history["loss"][0])
+
+    x, y = next(iter(Batches(images, 128)))
+    with FlopCounterMode(display=False) as counter:
+        Supervised(new(), lr=0.01).step(x, y)
+    work = rounds, counter.get_total_flops() * 6, peak
+    plain, slow, bf16, compiled = (
+        Supervised(new(), lr=0.01),
+        Usual(new()),
+        *(Supervised(new(), lr=0.01) for _ in "ab"),
+    )
+    compiled.student.compile()  # once for all rounds: fit would drop the code after each
+    compare(f"{name}: fit / usual step", lambda: ours(plain, "fp32"), lambda: usual(slow), *work)
+    for key, method in (("bf16", bf16), ("bf16 + compile", compiled)):
         compare(
-            f"{name}: fit / usual step",
-            lambda: ours(plain, "fp32"),
-            lambda: usual(slow),  # noqa: B023
-            rounds,
-            flops,
-            peak,
+            f"{name}: {key} / fp32", partial(ours, method, key, "bf16"), partial(ours, plain, "fp32"), *work
         )
-        for key, switches in fast.items():
-            method = Supervised(make(), lr=0.01)
-            if switches.get("compile"):
-                method.student.compile()  # once for all rounds: fit would drop the code after each
-                switches = {"precision": "bf16"}
-            compare(
-                f"{name}: {key} / fp32",
-                lambda: ours(method, key, **switches),  # noqa: B023
-                lambda: ours(plain, "fp32"),
-                rounds,
-                flops,
-                peak,
-            )  # noqa: B023
-            assert abs(losses[key] / losses["fp32"] - 1) < 0.02, losses
+        assert abs(losses[key] / losses["fp32"] - 1) < 0.02, losses
 
 
 if __name__ == "__main__":
@@ -188,7 +179,8 @@ if __name__ == "__main__":
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     peak = matmul_peak()
     print(f"PyTorch {torch.__version__}, one thread, float32 matrix products {peak / 1e9:.0f} GFLOP/s")
-    print(f"{'work: ours / peer':58} {'ratio':>7} [quartiles]    target  of peak")
+    print(f"{'work: ours / peer':50} {'ratio':>7} [quartiles]    target  of peak")
     bench_data(rounds)
     bench_fit(rounds)
-    bench_switches(rounds, peak)
+    bench_switches("resnet20", 3, 32, rounds, peak)
+    bench_switches("mlp_1200_1200", 1, 28, rounds, peak)

@@ -6,6 +6,7 @@ Not part of `make test`: it needs the extra `lab` and a Chromium on the PATH. It
 notebook's folder, because saving in JupyterLab rewrites metadata. Exit code 1 when a cell failed or did
 not run, no figure appeared, or the page asked for anything beyond this machine.
 """
+
 import argparse
 import json
 import os
@@ -19,8 +20,14 @@ import time
 import urllib.request
 from pathlib import Path
 
-QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},  # draw every cell, also those out of sight
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},  # no pop-up
@@ -39,13 +46,27 @@ def start_lab(folder, own, port):
         path = own / "settings/@jupyterlab" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values))
-    env = os.environ | {"JUPYTERLAB_SETTINGS_DIR": str(own / "settings"),
-                        "JUPYTERLAB_WORKSPACES_DIR": str(own / "ws")}
+    env = os.environ | {
+        "JUPYTERLAB_SETTINGS_DIR": str(own / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(own / "ws"),
+    }
     with open(own / "log", "w") as log:
         server = subprocess.Popen(
-            [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1",
-             f"--ServerApp.port={port}", "--IdentityProvider.token=t", f"--ServerApp.root_dir={folder}"],
-            env=env, stdout=log, stderr=subprocess.STDOUT)
+            [
+                sys.executable,
+                "-m",
+                "jupyterlab",
+                "--no-browser",
+                "--allow-root",
+                "--ServerApp.ip=127.0.0.1",
+                f"--ServerApp.port={port}",
+                "--IdentityProvider.token=t",
+                f"--ServerApp.root_dir={folder}",
+            ],
+            env=env,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
     for _ in range(200):
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token=t", timeout=1).close()
@@ -129,8 +150,13 @@ def main():
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temp:
         own, port = Path(temp), free_port()
-        copy = Path(shutil.copytree(args.notebook.resolve().parent, own / "nbs",
-                                    ignore=shutil.ignore_patterns(".ipynb_checkpoints", "runs")))
+        copy = Path(
+            shutil.copytree(
+                args.notebook.resolve().parent,
+                own / "nbs",
+                ignore=shutil.ignore_patterns(".ipynb_checkpoints", "runs"),
+            )
+        )
         server = start_lab(copy, own, port)
         try:
             url = f"http://127.0.0.1:{port}/lab/tree/{args.notebook.name}?token=t&reset"

@@ -1,4 +1,5 @@
 """The `kdnb` command and what it stands on, tried from outside on a toy lesson."""
+
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from kdnb.runs import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-PARAMETERS = '''preset: str = "default"  # name of the experiment
+PARAMETERS = """preset: str = "default"  # name of the experiment
 seed: int = 0  # any number
 device: str = "cpu"  # where it runs
 root: str = ""  # folder of the data
@@ -33,8 +34,8 @@ results: str = ""  # folder of the cards; "" keeps none
 data: str = "digits"  # the "#" here is meant
 steps: int = 20  # > 0
 lr: float = 0.1  # learning rate
-fast: bool = False  # skip nothing'''
-SETUP = '''%config InlineBackend.figure_format = "png"
+fast: bool = False  # skip nothing"""
+SETUP = """%config InlineBackend.figure_format = "png"
 import time
 from kdnb.runs import results_table, run_card, run_parameters, save_card
 parameters, started = run_parameters(globals()), time.time()
@@ -43,15 +44,15 @@ print("said by the setup cell")
 if lr <= 0:
     raise ValueError(f"lr must be > 0, got {lr}")
 if lr == 2:
-    raise OSError("no such\\nfolder")'''
-EXPERIMENT = '''accuracy = 0.9 + lr * seed / steps
+    raise OSError("no such\\nfolder")"""
+EXPERIMENT = """accuracy = 0.9 + lr * seed / steps
 print(preset, seed, data, steps, lr, fast)
 if accuracy > 1:
-    raise ArithmeticError("better than\\nperfect")'''
-LAST = '''card = run_card("90_toy", parameters, {"kd_accuracy": accuracy, "_half": half}, started=started,
+    raise ArithmeticError("better than\\nperfect")"""
+LAST = """card = run_card("90_toy", parameters, {"kd_accuracy": accuracy, "_half": half}, started=started,
                 dataset={"name": data, "sha256": "ab", "train": 9})
 save_card(card, results)
-results_table("90_toy", this_run=card)'''
+results_table("90_toy", this_run=card)"""
 
 
 def notebook(path, *sources, tagged=1):
@@ -59,8 +60,16 @@ def notebook(path, *sources, tagged=1):
     cells = [{"cell_type": "markdown", "id": "title", "metadata": {}, "source": "# A toy lesson\n> So."}]
     for i, source in enumerate(sources):
         tags = {"tags": ["parameters"]} if i < tagged else {}
-        cells.append({"cell_type": "code", "id": f"c{i}", "metadata": tags, "source": source, "outputs": [],
-                      "execution_count": None})
+        cells.append(
+            {
+                "cell_type": "code",
+                "id": f"c{i}",
+                "metadata": tags,
+                "source": source,
+                "outputs": [],
+                "execution_count": None,
+            }
+        )
     kernel = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
     path.write_text(json.dumps({"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}))
 
@@ -75,8 +84,13 @@ def toy(tmp_path, monkeypatch):
     notebook(home / "92_twice.ipynb", PARAMETERS, PARAMETERS, SETUP, tagged=2)
     notebook(home / "93_computed.ipynb", "steps: int = 4 * 5  # > 0", SETUP)
     notebook(home / "94_slow.ipynb", PARAMETERS, SETUP, "time.sleep(60)", LAST)
-    presets = {"long": "preset: long\nresults: results\nsteps: 2000\n", "text": "lr: 1e-3\n",
-               "typo": "stepz: 3\n", "list": "- 1\n", "broken": "lr: [1\n"}
+    presets = {
+        "long": "preset: long\nresults: results\nsteps: 2000\n",
+        "text": "lr: 1e-3\n",
+        "typo": "stepz: 3\n",
+        "list": "- 1\n",
+        "broken": "lr: [1\n",
+    }
     for name, text in presets.items():
         (home / f"params/90_toy.{name}.yaml").write_text(text)
     monkeypatch.setenv("KDNB_NOTEBOOKS", str(home))
@@ -104,49 +118,56 @@ def refused(done, words):
 
 # ---------------------------------------------------------------- bad input: one line, nothing touched
 
-@pytest.mark.parametrize("words, line", [
-    ("", "the following arguments are required"),
-    ("rum toy", "invalid choice: 'rum'"),
-    ("list 90_tyo", "unknown notebook '90_tyo'; nearest: 90_toy"),
-    ("results 90_tyo", "unknown notebook '90_tyo'; nearest: 90_toy"),
-    ("run tyo -o out.ipynb", "unknown notebook 'tyo'; nearest: toy"),
-    ("run toy -f lnog -o out.ipynb", "unknown preset 'lnog'; nearest: long"),
-    ("run toy -f none.yaml -o out.ipynb", "none.yaml"),
-    ("run toy -f list -o out.ipynb", "90_toy.list.yaml must hold lines like"),
-    ("run toy -f broken -o out.ipynb", "90_toy.broken.yaml is no YAML"),
-    ("run toy -f typo -o out.ipynb", "unknown parameter 'stepz'; nearest: steps"),
-    ("run toy -f text -o out.ipynb", "lr must be float, got '1e-3' (YAML takes 1e-3 for text: write 1.0e-3)"),
-    ("run toy -p stepz 5 -o out.ipynb", "unknown parameter 'stepz'; nearest: steps"),
-    ("run toy -p steps 2.5 -o out.ipynb", "steps must be int, got 2.5"),
-    ("run toy -p steps True -o out.ipynb", "steps must be int, got True"),
-    ("run toy -p steps many -o out.ipynb", "steps must be int, got 'many'"),
-    ("run toy -p lr fast -o out.ipynb", "lr must be float, got 'fast'"),
-    ("run toy -p lr 1e999 -o out.ipynb", "lr must be float, got inf"),
-    ("run toy -p fast true -o out.ipynb", "fast must be bool, got 'true' (write True or False)"),
-    ("run toy -p fast 1 -o out.ipynb", "fast must be bool, got 1"),
-    ("run toy -p lr -o out.ipynb", "argument -p: expected 2 arguments"),
-    ("run toy -p lr -1e-3 -o out.ipynb", "90_toy: lr must be > 0, got -0.001"),
-    ("run toy -p lr 2 -o out.ipynb", "90_toy: OSError: no such folder"),
-    ("run untagged -o out.ipynb", "91_untagged cannot be run: 0 of its cells are tagged `parameters`"),
-    ("run twice -o out.ipynb", "92_twice cannot be run: 2 of its cells are tagged `parameters`"),
-    ("run computed -o out.ipynb", "93_computed: the parameter `steps: int = 4 * 5 # > 0` must read"),
-    ("run toy -o out.txt", "must be a file that ends in .ipynb, got out.txt"),
-    ("run toy -o nbs/90_toy.ipynb", "would overwrite the lesson 90_toy.ipynb"),
-    ("run toy -o nbs/params/../90_toy.ipynb", "would overwrite the lesson 90_toy.ipynb"),
-    ("run toy -o nbs/92_twice.ipynb", "would overwrite the lesson 92_twice.ipynb"),
-    ("run toy -o link.ipynb", "would overwrite the lesson 90_toy.ipynb"),
-    ("run toy -o hard.ipynb", "would overwrite the lesson 90_toy.ipynb"),
-    ("run toy -o elsewhere/90_toy.ipynb", "would overwrite the lesson 90_toy.ipynb"),
-    ("run toy -o folder.ipynb", "must be a file that ends in .ipynb, got folder.ipynb"),
-    ("run toy -p lr 0 -o new/folder/out.ipynb", "lr must be > 0, got 0"),
-    ("sweep toy", "required: -g"),
-    ("sweep toy -g stepz=1,2", "unknown parameter 'stepz'; nearest: steps"),
-    ("sweep toy -g seed=1,two", "seed must be int, got 'two'"),
-    ("sweep toy -g seed=", "seed must be int, got ''"),
-    ("sweep toy -g seed=1 -j 0", "jobs >= 1"),
-    ("copy mine", "nothing was copied: 1 files are there already, such as mine/90_toy.ipynb"),
-    ("copy nbs --force", "nothing was copied"),
-])
+
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        ("", "the following arguments are required"),
+        ("rum toy", "invalid choice: 'rum'"),
+        ("list 90_tyo", "unknown notebook '90_tyo'; nearest: 90_toy"),
+        ("results 90_tyo", "unknown notebook '90_tyo'; nearest: 90_toy"),
+        ("run tyo -o out.ipynb", "unknown notebook 'tyo'; nearest: toy"),
+        ("run toy -f lnog -o out.ipynb", "unknown preset 'lnog'; nearest: long"),
+        ("run toy -f none.yaml -o out.ipynb", "none.yaml"),
+        ("run toy -f list -o out.ipynb", "90_toy.list.yaml must hold lines like"),
+        ("run toy -f broken -o out.ipynb", "90_toy.broken.yaml is no YAML"),
+        ("run toy -f typo -o out.ipynb", "unknown parameter 'stepz'; nearest: steps"),
+        (
+            "run toy -f text -o out.ipynb",
+            "lr must be float, got '1e-3' (YAML takes 1e-3 for text: write 1.0e-3)",
+        ),
+        ("run toy -p stepz 5 -o out.ipynb", "unknown parameter 'stepz'; nearest: steps"),
+        ("run toy -p steps 2.5 -o out.ipynb", "steps must be int, got 2.5"),
+        ("run toy -p steps True -o out.ipynb", "steps must be int, got True"),
+        ("run toy -p steps many -o out.ipynb", "steps must be int, got 'many'"),
+        ("run toy -p lr fast -o out.ipynb", "lr must be float, got 'fast'"),
+        ("run toy -p lr 1e999 -o out.ipynb", "lr must be float, got inf"),
+        ("run toy -p fast true -o out.ipynb", "fast must be bool, got 'true' (write True or False)"),
+        ("run toy -p fast 1 -o out.ipynb", "fast must be bool, got 1"),
+        ("run toy -p lr -o out.ipynb", "argument -p: expected 2 arguments"),
+        ("run toy -p lr -1e-3 -o out.ipynb", "90_toy: lr must be > 0, got -0.001"),
+        ("run toy -p lr 2 -o out.ipynb", "90_toy: OSError: no such folder"),
+        ("run untagged -o out.ipynb", "91_untagged cannot be run: 0 of its cells are tagged `parameters`"),
+        ("run twice -o out.ipynb", "92_twice cannot be run: 2 of its cells are tagged `parameters`"),
+        ("run computed -o out.ipynb", "93_computed: the parameter `steps: int = 4 * 5 # > 0` must read"),
+        ("run toy -o out.txt", "must be a file that ends in .ipynb, got out.txt"),
+        ("run toy -o nbs/90_toy.ipynb", "would overwrite the lesson 90_toy.ipynb"),
+        ("run toy -o nbs/params/../90_toy.ipynb", "would overwrite the lesson 90_toy.ipynb"),
+        ("run toy -o nbs/92_twice.ipynb", "would overwrite the lesson 92_twice.ipynb"),
+        ("run toy -o link.ipynb", "would overwrite the lesson 90_toy.ipynb"),
+        ("run toy -o hard.ipynb", "would overwrite the lesson 90_toy.ipynb"),
+        ("run toy -o elsewhere/90_toy.ipynb", "would overwrite the lesson 90_toy.ipynb"),
+        ("run toy -o folder.ipynb", "must be a file that ends in .ipynb, got folder.ipynb"),
+        ("run toy -p lr 0 -o new/folder/out.ipynb", "lr must be > 0, got 0"),
+        ("sweep toy", "required: -g"),
+        ("sweep toy -g stepz=1,2", "unknown parameter 'stepz'; nearest: steps"),
+        ("sweep toy -g seed=1,two", "seed must be int, got 'two'"),
+        ("sweep toy -g seed=", "seed must be int, got ''"),
+        ("sweep toy -g seed=1 -j 0", "jobs >= 1"),
+        ("copy mine", "nothing was copied: 1 files are there already, such as mine/90_toy.ipynb"),
+        ("copy nbs --force", "nothing was copied"),
+    ],
+)
 def test_bad_input(toy, words, line):
     (toy / "out.ipynb").write_text("an earlier result")
     (toy / "mine").mkdir()
@@ -168,8 +189,10 @@ def test_without_papermill(toy):
 
 
 def test_list_starts_at_once(toy):
-    code = ("import sys; from kdnb.runs import main; main(); "
-            "print(*{'torch', 'papermill', 'yaml', 'matplotlib', 'numpy'} & {*sys.modules}, file=sys.stderr)")
+    code = (
+        "import sys; from kdnb.runs import main; main(); "
+        "print(*{'torch', 'papermill', 'yaml', 'matplotlib', 'numpy'} & {*sys.modules}, file=sys.stderr)"
+    )
     done = kdnb("list", code=code)
     assert done.stderr == "\n", f"loaded: {done.stderr}"
     assert re.search(r"^90_toy +A toy lesson .*\blong\b", done.stdout, flags=re.M), done.stdout
@@ -189,6 +212,7 @@ def test_setup_is_checked_elsewhere(toy):
 
 
 # ---------------------------------------------------------------- runs
+
 
 def test_same_as_papermill(toy):
     "kdnb run and papermill's own command: the same cells, outputs and card."
@@ -210,8 +234,16 @@ def test_same_as_papermill(toy):
         assert made.pop("seconds") < 60
         assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", made.pop("started"))
     assert first == second
-    assert first["parameters"] == {"preset": "long", "seed": 3, "device": "cpu", "results": "results",
-                                   "data": "digits", "steps": 2000, "lr": 1, "fast": False}
+    assert first["parameters"] == {
+        "preset": "long",
+        "seed": 3,
+        "device": "cpu",
+        "results": "results",
+        "data": "digits",
+        "steps": 2000,
+        "lr": 1,
+        "fast": False,
+    }
     assert first["metrics"] == {"kd_accuracy": 0.9 + 3 / 2000, "_half": 1000}
     # what the command printed: the table that the notebook shows, and where it lies
     assert "90_toy: the paper's numbers beside ours" in ours.stdout
@@ -234,8 +266,9 @@ def test_failed_run(toy):
     (toy / "out.ipynb").write_text("an earlier result")
     done = kdnb("run", "toy", "-p", "seed", "3", "-p", "lr", "1.0", "-o", "out.ipynb")
     assert done.returncode == 1, done
-    assert done.stderr == ("kdnb: 90_toy failed in cell [4]: ArithmeticError: better than perfect; "
-                           "see out.failed.ipynb\n")
+    assert done.stderr == (
+        "kdnb: 90_toy failed in cell [4]: ArithmeticError: better than perfect; see out.failed.ipynb\n"
+    )
     assert (toy / "out.ipynb").read_text() == "an earlier result"
     assert "better than" in (toy / "out.failed.ipynb").read_text() and not (toy / "out.part.ipynb").exists()
     assert kdnb("run", "toy", "-o", "out.ipynb").returncode == 0
@@ -267,13 +300,19 @@ def test_sweep(toy):
     there = {p.name for p in (toy / "runs").iterdir()}
     assert there == set(state) - {bad} | {bad.replace(".ipynb", ".failed.ipynb")}
     assert sorted((c["seed"], c["parameters"]["lr"]) for c in load_cards("90_toy", "nbs/results")) == [
-        (1, 0.5), (1, 1), (2, 0.5), (2, 1), (3, 0.5)]
+        (1, 0.5),
+        (1, 1),
+        (2, 0.5),
+        (2, 1),
+        (3, 0.5),
+    ]
     before = tree(toy / "runs")
     again = kdnb(*words[:-2])
     state = dict(line.split(": ", 1) for line in again.stdout.splitlines())
     assert again.returncode == 1 and {k for k, v in state.items() if v == "skipped"} == set(state) - {bad}
     assert {k: v for k, v in tree(toy / "runs").items() if "failed" not in k} == {
-        k: v for k, v in before.items() if "failed" not in k}
+        k: v for k, v in before.items() if "failed" not in k
+    }
     all_there = "sweep toy -f long -p steps 20 -p lr 0.5 -g seed=1,2"
     assert kdnb(*all_there.split()).returncode == 0
     shown = kdnb("results", "toy").stdout
@@ -303,18 +342,36 @@ def test_copy(toy):
 
 # ---------------------------------------------------------------- cards
 
+
 def card(seed=0, started=0.0, *, metrics=None, dataset=None, seconds=60, **parameters):
-    values = {"preset": "default", "seed": seed, "device": "cpu", "data": "digits", "steps": 20, "lr": 0.1,
-              "fast": False} | parameters
-    return run_card("90_toy", values, metrics or {"kd_accuracy": 0.5}, seconds=seconds, started=started,
-                    dataset=dataset or {"name": "digits", "sha256": "ab"})
+    values = {
+        "preset": "default",
+        "seed": seed,
+        "device": "cpu",
+        "data": "digits",
+        "steps": 20,
+        "lr": 0.1,
+        "fast": False,
+    } | parameters
+    return run_card(
+        "90_toy",
+        values,
+        metrics or {"kd_accuracy": 0.5},
+        seconds=seconds,
+        started=started,
+        dataset=dataset or {"name": "digits", "sha256": "ab"},
+    )
 
 
 def test_card_holds_what_it_must():
-    made = card(3, 86400.0, root="/data/me", results="/data/me/results", student="~/me/net.pt",
-                teacher="C:\\me\\t")
+    made = card(
+        3, 86400.0, root="/data/me", results="/data/me/results", student="~/me/net.pt", teacher="C:\\me\\t"
+    )
     assert made["parameters"] == card(3)["parameters"] | {
-        "results": "results", "student": "net.pt", "teacher": "t"}
+        "results": "results",
+        "student": "net.pt",
+        "teacher": "t",
+    }
     assert (made["started"], made["seconds"], made["seed"]) == ("1970-01-02T00:00:00Z", 60, 3)
     assert {"device", "threads", "python", "torch", "kdnb", "commit", "samples_per_s"} <= set(made)
     assert card(data="folder:/data/me/cifar10-jpeg/")["parameters"]["data"] == "folder:cifar10-jpeg"
@@ -322,10 +379,18 @@ def test_card_holds_what_it_must():
     assert json.loads(json.dumps(made)) == made and "me" not in re.findall(r"\w+", json.dumps(made))
 
 
-@pytest.mark.parametrize("wrong", [
-    {"metrics": {"loss": float("nan")}}, {"metrics": {"loss": float("inf")}}, {"metrics": {"loss": [1.0]}},
-    {"metrics": {"kd_accuracy": 98.7}}, {"metrics": {"loss": "1"}}, {"dataset": {"sha256": "ab"}},
-    {"lr": float("nan")}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"metrics": {"loss": float("nan")}},
+        {"metrics": {"loss": float("inf")}},
+        {"metrics": {"loss": [1.0]}},
+        {"metrics": {"kd_accuracy": 98.7}},
+        {"metrics": {"loss": "1"}},
+        {"dataset": {"sha256": "ab"}},
+        {"lr": float("nan")},
+    ],
+)
 def test_card_refuses(wrong):
     with pytest.raises(ValueError):
         card(**wrong)
@@ -335,8 +400,17 @@ def test_run_parameters():
     space = {}
     exec(PARAMETERS + "\nimport os\nhalf = steps / 2\n_seed: int = 3\nnames: list = []\nlr = 1", space)
     found = run_parameters(space)
-    assert found == {"preset": "default", "seed": 0, "device": "cpu", "root": "", "results": "",
-                     "data": "digits", "steps": 20, "lr": 1.0, "fast": False}
+    assert found == {
+        "preset": "default",
+        "seed": 0,
+        "device": "cpu",
+        "root": "",
+        "results": "",
+        "data": "digits",
+        "steps": 20,
+        "lr": 1.0,
+        "fast": False,
+    }
     assert type(found["lr"]) is float, "1 and 1.0 are one learning rate"
     plain = {"In": [], "exit": print, "a": 1, "b": "x", "_": 4, "__name__": "x"}
     assert run_parameters(plain) == {"a": 1, "b": "x"}
@@ -399,7 +473,9 @@ def test_commit(tmp_path):
     shutil.copytree(ROOT / "kdnb", tmp_path / "kdnb", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "settings.ini", tmp_path)
     env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | {
-        "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+        "PYTHONPATH": str(tmp_path),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
 
     def ask(*words):
         done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
@@ -426,6 +502,7 @@ def test_commit(tmp_path):
 
 
 # ---------------------------------------------------------------- the table
+
 
 def row(table, protocol, quantity="kd_accuracy"):
     (found,) = [r for r in table.rows if (r["protocol"], r["quantity"]) == (protocol, quantity)]
@@ -458,32 +535,51 @@ def test_table_groups_by_protocol(toy):
     del young["parameters"]["fast"]
     old = card(2, preset="long", steps=2000)
     del old["parameters"]["steps"]  # the preset sets it today, but this run cannot have had it
-    cards = [card(0), card(1, device="cuda:0", results="x", threads=4), young,
-             card(2, lr=0.2), card(3, fast=True),
-             card(0, preset="long", steps=2000), card(1, preset="long"), old,
-             card(4, dataset={"name": "digits", "sha256": "other"}),
-             card(4, dataset={"name": "mnist", "sha256": "ab"})]
+    cards = [
+        card(0),
+        card(1, device="cuda:0", results="x", threads=4),
+        young,
+        card(2, lr=0.2),
+        card(3, fast=True),
+        card(0, preset="long", steps=2000),
+        card(1, preset="long"),
+        old,
+        card(4, dataset={"name": "digits", "sha256": "other"}),
+        card(4, dataset={"name": "mnist", "sha256": "ab"}),
+    ]
     table = results_table("90_toy", cards, paper={})
     sizes = [(r["protocol"], r["n"]) for r in table.rows]
-    assert sorted(sizes) == sorted([
-        ("default, on digits", 3), ("default, on digits", 1), ("default, on mnist", 1),
-        ("default, on digits, lr=0.2", 1), ("default, on digits, fast=True", 1), ("long, on digits", 1),
-        ("long, on digits, steps=20", 2)])
+    assert sorted(sizes) == sorted(
+        [
+            ("default, on digits", 3),
+            ("default, on digits", 1),
+            ("default, on mnist", 1),
+            ("default, on digits, lr=0.2", 1),
+            ("default, on digits, fast=True", 1),
+            ("long, on digits", 1),
+            ("long, on digits, steps=20", 2),
+        ]
+    )
     assert sum(n for _, n in sizes) == len(cards), "no run is left out"
 
 
 def test_table_beside_the_paper(toy):
     paper = {"long": {"source": "Somebody 2015, table 1", "other_accuracy": 98.9, "kd_accuracy": 98.73}}
-    cards = [card(0, metrics={"loss": 1.0, "kd_accuracy": 0.5}),
-             card(0, preset="long", steps=2000, metrics={"loss": 123456.0, "kd_accuracy": 0.98}),
-             card(0, preset="long", steps=9)]
+    cards = [
+        card(0, metrics={"loss": 1.0, "kd_accuracy": 0.5}),
+        card(0, preset="long", steps=2000, metrics={"loss": 123456.0, "kd_accuracy": 0.98}),
+        card(0, preset="long", steps=9),
+    ]
     mine = card(8, preset="long", steps=2000, metrics={"kd_accuracy": 0.25})
     table = results_table("90_toy", cards, this_run=mine, paper=paper)
     labels = [r["protocol"] for r in table.rows]
     assert labels[0] == "long, on digits" and labels[-1] == "this run: long, on digits"
     first = [r for r in table.rows if r["protocol"] == "long, on digits"]
     assert [(r["quantity"], r["paper"], r["n"]) for r in first] == [  # the paper's come first, all of them
-        ("other_accuracy", 98.9, 0), ("kd_accuracy", 98.73, 1), ("loss", None, 1)]
+        ("other_accuracy", 98.9, 0),
+        ("kd_accuracy", 98.73, 1),
+        ("loss", None, 1),
+    ]
     asked = row(table, "this run: long, on digits")
     assert (asked["mean"], asked["paper"]) == (25, 98.73)
     others = [r for r in table.rows if "steps=9" in r["protocol"] or "default" in r["protocol"]]

@@ -1,4 +1,5 @@
 """What the lesson on models leaves out: independent oracles, foreign networks, files that lie."""
+
 import json
 
 import pytest
@@ -29,6 +30,7 @@ def same_weights(to, give):
 
 
 # ---------------------------------------------------------------- the zoo
+
 
 @pytest.mark.parametrize("name", [n for n in list_models() if "_10" not in n])
 @pytest.mark.parametrize("channels, size", [(1, 8), (1, 28), (3, 32)])
@@ -146,26 +148,60 @@ def test_initialisation_leaves_every_stream_alone():
 
 # ---------------------------------------------------------------- bad input
 
-@pytest.mark.parametrize("name", ["", "resnet9", "resnet38", "mlp", "mlp_0", "mlp_10_", "wrn_16", "wrn_16_0",
-                                  "wrn_4_1", "wrn_18_2", "ResNet18", None, 8])
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "resnet9",
+        "resnet38",
+        "mlp",
+        "mlp_0",
+        "mlp_10_",
+        "wrn_16",
+        "wrn_16_0",
+        "wrn_4_1",
+        "wrn_18_2",
+        "ResNet18",
+        None,
+        8,
+    ],
+)
 def test_unknown_names(name):
     with pytest.raises(ValueError, match="known names|6n \\+ 4") as error:
         check_model(name)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("arguments", [
-    dict(num_classes=1), dict(num_classes=2.5), dict(in_channels=0), dict(image_size=0), dict(mean=(0.5,)),
-    dict(std=(1, 1, 0)), dict(std=(1, 1, float("nan"))), dict(mean=(0, 0, float("inf"))),
-    dict(std=(1, 1, -1)),
-])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(num_classes=1),
+        dict(num_classes=2.5),
+        dict(in_channels=0),
+        dict(image_size=0),
+        dict(mean=(0.5,)),
+        dict(std=(1, 1, 0)),
+        dict(std=(1, 1, float("nan"))),
+        dict(mean=(0, 0, float("inf"))),
+        dict(std=(1, 1, -1)),
+    ],
+)
 def test_bad_arguments(arguments):
     with pytest.raises(ValueError):
         create_model("resnet8", **arguments)
 
 
-@pytest.mark.parametrize("x", [torch.rand(3, 8, 8), torch.rand(2, 1, 8, 8), torch.rand(2, 8, 8, 3),
-                               torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.rand(2, 3, 8)])
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.rand(3, 8, 8),
+        torch.rand(2, 1, 8, 8),
+        torch.rand(2, 8, 8, 3),
+        torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
+        torch.rand(2, 3, 8),
+    ],
+)
 def test_wrong_images(x):
     with pytest.raises(ValueError, match="images must be floats in"):
         create_model("resnet8", seed=0)(x)
@@ -173,10 +209,16 @@ def test_wrong_images(x):
 
 # ---------------------------------------------------------------- features
 
-@pytest.mark.parametrize("name, first, last", [
-    ("resnet18", "act1", "layer4"), ("mobilenetv3_small_100", "bn1", "blocks"),
-    ("efficientnet_b0", "blocks.0", "bn2"), ("convnext_atto", "stages.0", "norm_pre"),
-])
+
+@pytest.mark.parametrize(
+    "name, first, last",
+    [
+        ("resnet18", "act1", "layer4"),
+        ("mobilenetv3_small_100", "bn1", "blocks"),
+        ("efficientnet_b0", "blocks.0", "bn2"),
+        ("convnext_atto", "stages.0", "norm_pre"),
+    ],
+)
 def test_features_of_timm(name, first, last):
     model, x = timm.create_model(name, pretrained=False).eval(), torch.rand(1, 3, 64, 64)
     with torch.no_grad():
@@ -268,6 +310,7 @@ def test_hooks_are_removed_when_something_fails():
 
 # ---------------------------------------------------------------- files
 
+
 @pytest.fixture
 def saved(tmp_path):
     model = create_model("resnet8", 5, mean=(0.1, 0.2, 0.3), std=(1, 2, 3), seed=1)
@@ -318,7 +361,7 @@ def test_damaged_files_are_refused(saved, harm):
     weights, card = path.with_name("a.b.safetensors"), path.with_name("a.b.json")
     data = bytearray(weights.read_bytes())
     if harm == "cut":
-        weights.write_bytes(data[:len(data) // 2])
+        weights.write_bytes(data[: len(data) // 2])
     elif harm == "flip":
         data[-1] ^= 1
         weights.write_bytes(data)

@@ -1,4 +1,5 @@
 """Every notebook runs from its first cell to its last, by papermill, with no network and no data at hand."""
+
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ JOBS = int(os.environ.get("JOBS", 2))
 CELL_LIMIT, NOTEBOOK_LIMIT = 600, 1200  # seconds
 
 # Python imports a module of this name at every start, so kernels are shut off too.
-SITECUSTOMIZE = '''
+SITECUSTOMIZE = """
 import socket
 
 here = (None, "", "127.0.0.1", "::1", "localhost", b"localhost", "0.0.0.0", "::")
@@ -35,7 +36,7 @@ def getaddrinfo(host, *args, **kw):
         raise OSError(f"no network in tests: {host}")
     return look_up(host, *args, **kw)
 socket.getaddrinfo = getaddrinfo
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -45,19 +46,48 @@ def offline(tmp_path_factory):
     (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
     dead = dict.fromkeys(["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"], "http://127.0.0.1:9")
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
-    return os.environ | dead | {"PYTHONPATH": path, "KDNB_DATA": str(folder / "no-data"), "IN_TEST": "1",
-                                "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return (
+        os.environ
+        | dead
+        | {
+            "PYTHONPATH": path,
+            "KDNB_DATA": str(folder / "no-data"),
+            "IN_TEST": "1",
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+    )
 
 
 def execute(path, env):
     "Run one notebook in processes of its own: (seconds, exit code, end of its log)."
     start = time.perf_counter()
-    command = [sys.executable, "-m", "papermill", path, OUT / path.name, "--cwd", ROOT / "nbs", "-k",
-               "python3", "--no-progress-bar", "--execution-timeout", CELL_LIMIT]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        path,
+        OUT / path.name,
+        "--cwd",
+        ROOT / "nbs",
+        "-k",
+        "python3",
+        "--no-progress-bar",
+        "--execution-timeout",
+        CELL_LIMIT,
+    ]
     try:
-        done = subprocess.run([str(c) for c in command], env=env, timeout=NOTEBOOK_LIMIT, text=True,
-                              errors="replace", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            [str(c) for c in command],
+            env=env,
+            timeout=NOTEBOOK_LIMIT,
+            text=True,
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         code, log = done.returncode, done.stdout
     except subprocess.TimeoutExpired:
         code, log = 124, f"longer than {NOTEBOOK_LIMIT} s"
@@ -80,9 +110,11 @@ def results(offline):
 
 
 def test_network_is_shut_off(offline):
-    for code in ("socket.create_connection(('example.org', 80), timeout=5)",
-                 "socket.socket().connect(('192.0.2.1', 80))",
-                 "socket.socket().connect_ex(('192.0.2.1', 80))"):
+    for code in (
+        "socket.create_connection(('example.org', 80), timeout=5)",
+        "socket.socket().connect(('192.0.2.1', 80))",
+        "socket.socket().connect_ex(('192.0.2.1', 80))",
+    ):
         command = [sys.executable, "-c", f"import socket; {code}"]
         done = subprocess.run(command, env=offline, capture_output=True, text=True)
         assert done.returncode and "no network in tests" in done.stderr, done.stderr

@@ -1,4 +1,4 @@
-"Every preset starts: its networks, schedules and switches, for two steps of each training, on the embedded digits."
+"Every preset starts: its networks, schedules and switches, two steps of each training, on digits."
 
 import subprocess
 import sys

@@ -32,11 +32,13 @@ out, checkpoint, steps, seed = sys.argv[1], sys.argv[2] or None, int(sys.argv[3]
 torch.set_num_threads(1)
 data = load_data("digits")
 shape = dict(in_channels=1, image_size=8, mean=data.mean, std=data.std)
-student = torch.nn.Sequential(create_model("mlp_64_64", seed=seed, **shape), torch.nn.Dropout(float(sys.argv[5])))
+dropout = torch.nn.Dropout(float(sys.argv[5]))
+student = torch.nn.Sequential(create_model("mlp_64_64", seed=seed, **shape), dropout)
 teacher = create_model("mlp_32", seed=1, **shape)
 method = KD(student, teacher, lr=0.05, schedule=partial(MultiStepLR, milestones=[2, 4], gamma=0.3))
 batches = Batches(data.train, 64, augment="crop", padding=1, seed=0)
-fit(method, batches, epochs=6, validate=data.val, checkpoint=checkpoint, checkpoint_steps=steps, progress="lines")
+keep = dict(checkpoint=checkpoint, checkpoint_steps=steps)
+fit(method, batches, epochs=6, validate=data.val, progress="lines", **keep)
 if torch.distributed.is_initialized() and torch.distributed.get_rank(): sys.exit()
 torch.save(student.state_dict(), out)
 """
@@ -163,6 +165,22 @@ def test_all_networks_and_optimisers_are_saved_whatever_they_are_called(tmp_path
     fit(again, steps=60, checkpoint=tmp_path / "c", progress="off")
     assert same(whole.critic.state_dict(), again.critic.state_dict())
     assert same(whole.student.state_dict(), again.student.state_dict())
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    data, net = digits_net()
+    teacher, batches, file = digits_net(seed=1)[1], Batches(data.train, 64), tmp_path / "run.pt"
+    fit(KD(net, teacher, temperature=4.0), batches, epochs=1, checkpoint=file, progress="off")
+    with pytest.raises(ValueError, match="its temperature is 4.0, not 8.0"):
+        fit(KD(net, teacher, temperature=8.0), batches, epochs=1, checkpoint=file, progress="off")
+
+
+def test_time_of_earlier_sittings_is_kept(tmp_path):
+    data, net = digits_net()
+    batches, file = Batches(data.train, 64), tmp_path / "run.pt"
+    first = fit(Supervised(net), batches, epochs=2, checkpoint=file, progress="off")
+    again = fit(Supervised(net), batches, epochs=2, checkpoint=file, progress="off")
+    assert first.earlier_seconds == 0.0 and again.earlier_seconds == first.rows[-1]["seconds"] > 0
 
 
 def test_a_trial_run_stops_after_exactly_so_many_steps():

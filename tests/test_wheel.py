@@ -1,4 +1,5 @@
 """The built wheel is complete without a checkout near: library, command, notebooks, presets, results."""
+
 import os
 import subprocess
 import sys
