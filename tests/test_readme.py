@@ -1,0 +1,60 @@
+"What README shows must run as it stands, and its table must be the recorded one."
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from kdnb.data import Batches, load_data
+from kdnb.models import create_model
+from kdnb.runs import results_table
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_python_blocks_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = load_data("digits")
+    shape = dict(in_channels=1, image_size=8, mean=data.mean, std=data.std)
+    student, teacher = create_model("mlp_8", **shape, seed=0), create_model("mlp_32", **shape, seed=1)
+    batches = Batches(data.train, 64)
+    x, y = next(iter(batches))
+    names = {
+        "torch": torch,
+        "F": F,
+        "student": student,
+        "teacher": teacher,
+        "batches": batches,
+        "data": data,
+        "y": y,
+    }
+    names |= {"student_logits": student(x), "teacher_logits": teacher(x)}
+    blocks = re.findall(r"^```python\n(.*?)^```", README, flags=re.M | re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, names)
+    assert names["loss"].isfinite() and len(names["history"]) == 20 and Path("run.pt").exists()
+
+
+def test_commands_exist():
+    text = subprocess.run(
+        [sys.executable, "-m", "kdnb.runs", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for command in re.findall(r"kdnb (list|run|sweep|results|copy)\b", README):
+        assert command in text
+    for target in re.findall(r"make (\w+)", README):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.M), target
+
+
+def test_results_are_the_recorded_ones():
+    "Every number that README gives for us stands in the table of the recorded cards."
+    shown = [re.sub(r"\s+", " ", line) for line in str(results_table("10_kd")).splitlines()]
+    rows = re.findall(r"^\| (\w+_\w+) \| ([\d.]*) \| ([\d.]+ ± [\d.]+) \|", README, flags=re.M)
+    assert len(rows) >= 5
+    for quantity, paper, ours in rows:
+        wanted = " ".join(filter(None, (quantity, paper, ours)))
+        assert any(wanted in line for line in shown), wanted
