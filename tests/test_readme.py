@@ -46,7 +46,7 @@ def test_commands_exist():
     ).stdout
     for command in re.findall(r"kdnb (list|run|sweep|results|copy)\b", README):
         assert command in text
-    for target in re.findall(r"make (\w+)", README):
+    for target in re.findall(r"(?:`|^\$ )make (\w+)", README, flags=re.M):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.M), target
 
 
