@@ -6,10 +6,11 @@
 __all__ = ['run_parameters', 'run_card', 'save_card', 'load_cards', 'notebooks', 'read_parameters', 'ResultsTable',
            'results_table', 'run_notebook', 'sweep', 'copy_notebooks', 'main']
 
-# %% ../nbs/05_runs.ipynb #812b8bf6
+# %% ../nbs/05_runs.ipynb #fea8a3f9
 import argparse
 import ast
 import json
+import math
 import os
 import platform
 import re
@@ -239,7 +240,7 @@ def _rows(label, cards, paper):  # cards of one protocol, one per seed -> one ro
                      "commits": list(dict.fromkeys(c.get("commit") for c in cards))})
     return rows
 
-# %% ../nbs/05_runs.ipynb #503094bd
+# %% ../nbs/05_runs.ipynb #6a67fa34
 class ResultsTable:
     "A results table: print shows text, Jupyter a table; `rows`, a list of dicts, has seeds and commits too."
     def __init__(self, notebook: str, rows: list):
@@ -252,6 +253,8 @@ class ResultsTable:
         cells, last = ["protocol quantity paper ours n device minutes date".split()], None
         for r in self.rows:
             form = ".2f" if "accuracy" in r["quantity"] else ".4g"
+            if r["std"] and form == ".4g":  # as many decimals as two digits of the spread need
+                form = f".{max(0, 1 - math.floor(math.log10(r['std'])))}f"
             ours = " ± ".join(format(v, form) for v in (r["mean"], r["std"]) if v is not None)
             row = [r["quantity"], "" if r["paper"] is None else format(r["paper"], form), ours, str(r["n"])]
             about = r["device"], f"{r['minutes']:.1f}", r["date"]
