@@ -304,11 +304,11 @@ def _identity(run) -> dict:
         "number of processes": _world(),
     }
 
-# %% ../nbs/03_training.ipynb #5efa77b2
+# %% ../nbs/03_training.ipynb #bdfce66d
 def _numbers(dicts) -> list[dict]:
-    "The plain values in some dicts: learning rates, weight decay, batch size, seed, ..."
-    return [{k: v for k, v in d.items() if isinstance(v, int | float | str) and k != "next_epoch"}
-            for d in dicts]
+    "The plain values in some dicts, as they were at the start: learning rates, batch size, seed, ..."
+    def fixed(k, d): return k != "next_epoch" and not (k == "lr" and "initial_lr" in d)
+    return [{k: v for k, v in d.items() if isinstance(v, int | float | str) and fixed(k, d)} for d in dicts]
 
 # %% ../nbs/03_training.ipynb #bd2c7e0d
 def _read_checkpoint(path: Path) -> dict:

@@ -175,6 +175,16 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
         fit(KD(net, teacher, temperature=8.0), batches, epochs=1, checkpoint=file, progress="off")
 
 
+def test_the_same_method_may_resume_after_its_schedule_moved(tmp_path):
+    data, net = digits_net()
+    method = Supervised(net, schedule=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.5))
+    batches, file = Batches(data.train, 64), tmp_path / "run.pt"
+    fit(method, batches, epochs=2, checkpoint=file, progress="off")
+    before = [p.clone() for p in net.parameters()]
+    assert len(fit(method, batches, epochs=2, checkpoint=file, progress="off")) == 2
+    assert all(p.equal(q) for p, q in zip(before, net.parameters(), strict=True))
+
+
 def test_time_of_earlier_sittings_is_kept(tmp_path):
     data, net = digits_net()
     batches, file = Batches(data.train, 64), tmp_path / "run.pt"
