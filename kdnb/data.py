@@ -348,20 +348,24 @@ def _plan_epoch(batches, epoch):
     mirror = torch.rand(n, generator=draw) < (0.5 if batches.augment == "crop_flip" else 0.0)
     return (order + n * mirror).to(device), order.to(device), shift.to(device)
 
-# %% ../nbs/00_data.ipynb #99b1eb9e
+# %% ../nbs/00_data.ipynb #5748c47f
 def _cut(batches, picked, shift):
     "(B, C, H, W) floats: the windows of `picked` that start at `shift`."
-    pixels = batches.pixels
-    if batches.augment == "none": return pixels.index_select(0, picked).permute(0, 3, 1, 2).float().div_(255)
-    (_, high, wide, c), (h, w) = pixels.shape, batches.images.x.shape[2:]
+    if batches.augment == "none": windows = batches.pixels.index_select(0, picked)
+    else: windows = _windows(batches.pixels, *batches.images.x.shape[2:], picked, shift)
+    return windows.permute(0, 3, 1, 2).float().div_(255)
+
+# %% ../nbs/00_data.ipynb #41631ef9
+def _windows(pixels, h, w, picked, shift):
+    "(B, h, w, C) bytes."
+    _, high, wide, c = pixels.shape
     rows = torch.arange(h, device=picked.device)
     starts = ((picked[:, None] * high + shift[:, :1] + rows) * wide + shift[:, 1:]) * c   # (B, h)
     flat = pixels.view(-1)
     every_row = flat.as_strided((flat.numel() - w * c + 1, w * c), (1, 1))
-    windows = every_row.index_select(0, starts.view(-1)).view(-1, h, w, c)
-    return windows.permute(0, 3, 1, 2).float().div_(255)
+    return every_row.index_select(0, starts.view(-1)).view(-1, h, w, c)
 
-# %% ../nbs/00_data.ipynb #d42efa56
+# %% ../nbs/00_data.ipynb #faa368a8
 def _check_batches(n, batch_size, augment, padding, drop_last):
     if augment not in ("none", "crop", "crop_flip"):
         raise ValueError(f"augment must be none, crop or crop_flip, got {augment!r}")
@@ -369,7 +373,7 @@ def _check_batches(n, batch_size, augment, padding, drop_last):
         raise ValueError(f"batch_size must lie in [1, {n}], got {batch_size}")
     if padding < 0: raise ValueError(f"padding must be >= 0, got {padding}")
 
-# %% ../nbs/00_data.ipynb #03342ec7
+# %% ../nbs/00_data.ipynb #5eecb9d1
 def _share(first, count):
     "Which part of a batch of `count` images from `first` on is this process's."
     from torch import distributed as dist
@@ -378,7 +382,7 @@ def _share(first, count):
     if count % world: raise ValueError(f"a batch of {count} images cannot be shared by {world} processes")
     return slice(first + rank * count // world, first + (rank + 1) * count // world)
 
-# %% ../nbs/00_data.ipynb #6221a5c1
+# %% ../nbs/00_data.ipynb #1e22843f
 def moons(
     n: int = 400,        # points in all
     noise: float = 0.1,  # standard deviation of the scatter; the moons have radius 1
@@ -392,7 +396,7 @@ def moons(
     lower = torch.stack([1 - angle.cos(), 0.5 - angle.sin()], 1)
     return torch.where(y[:, None] == 0, upper, lower) + noise * torch.randn(n, 2, generator=g), y
 
-# %% ../nbs/00_data.ipynb #77e31683
+# %% ../nbs/00_data.ipynb #9aa8aa60
 def rings(
     n: int = 400,          # points in all
     classes: int = 3,      # ring k has radius k + 1
