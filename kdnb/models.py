@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['Normalize', 'PadShortcut', 'Residual', 'num_params', 'Net', 'list_models', 'check_model', 'create_model', 'features',
-           'save_model', 'load_model']
+           'fold_batchnorm', 'save_model', 'load_model']
 
-# %% ../nbs/01_models.ipynb #6d17f7db
+# %% ../nbs/01_models.ipynb #97a295a1
+import copy
 import json
 import re
 from difflib import get_close_matches
 from functools import partial
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # %% ../nbs/01_models.ipynb #543aaca9
 class Normalize(nn.Module):
@@ -270,7 +273,20 @@ def features(
         raise ValueError("no layer gave a 4-D map of more than one pixel: name the layers")
     return output, {name: maps[name] for name in names or maps}
 
-# %% ../nbs/01_models.ipynb #f160e282
+# %% ../nbs/01_models.ipynb #900f8b49
+def fold_batchnorm(
+    model: nn.Module,  # any; left as it is
+) -> nn.Module:        # a frozen copy in evaluation mode; the same answers up to rounding
+    "A copy in which each Conv2d with a BatchNorm2d right behind it in a Sequential is one Conv2d."
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    for block in [m for m in model.modules() if isinstance(m, nn.Sequential)]:
+        for (name, layer), (after, norm) in pairwise(list(block.named_children())):
+            if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None:
+                setattr(block, name, fuse_conv_bn_eval(layer, norm))
+                setattr(block, after, nn.Identity())
+    return model
+
+# %% ../nbs/01_models.ipynb #b7e712df
 def _files(path):
     base = re.sub(r"\.(safetensors|json)$", "", str(path))
     return Path(f"{base}.safetensors"), Path(f"{base}.json")
@@ -286,7 +302,7 @@ def _rebuild(config, state):
         raise ValueError(f"these weights are not of {config['name']}: {first}") from None
     return model
 
-# %% ../nbs/01_models.ipynb #186408ee
+# %% ../nbs/01_models.ipynb #3b91a5c7
 def save_model(
     model: nn.Module,  # made by `create_model`, on any device, in any memory format
     path,              # PATH.safetensors and PATH.json are written; folders are made
@@ -307,7 +323,7 @@ def save_model(
         Path(f"{file}.part").replace(file)
     return card
 
-# %% ../nbs/01_models.ipynb #93cedc4a
+# %% ../nbs/01_models.ipynb #287a326e
 def load_model(path, device: str = "cpu") -> nn.Module:  # in evaluation mode; the card is its .card
     "Rebuild a model from its card, after checking that the weights are the ones the card describes."
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
