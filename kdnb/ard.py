@@ -19,7 +19,7 @@ from .kd import kd_loss
 from .robust import attacked, ready_attack
 from .training import sgd
 
-# %% ../nbs/22_ard.ipynb #7a308378
+# %% ../nbs/22_ard.ipynb #68ba5674
 def ard_loss(
     adv_logits: Tensor,              # (B, K) student's raw scores on x_adv; gradient flows here
     teacher_logits: Tensor,          # (B, K) teacher's raw scores on x; no hidden detach
@@ -38,14 +38,24 @@ def ard_loss(
     hard = F.cross_entropy(clean_logits / (label_temperature or temperature), y)
     return alpha * soft + (1 - alpha) * hard
 
-# %% ../nbs/22_ard.ipynb #f1ab6cbd
+# %% ../nbs/22_ard.ipynb #7238ad66
 def _check_weights(temperature, alpha, label_temperature=None):
     if temperature <= 0: raise ValueError(f"temperature must be > 0, got {temperature}")
     if not 0 <= alpha <= 1: raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
     if label_temperature is not None and label_temperature <= 0:
         raise ValueError(f"label_temperature must be > 0, got {label_temperature}")
 
-# %% ../nbs/22_ard.ipynb #6d3c7071
+# %% ../nbs/22_ard.ipynb #dedba0dd
+_VARIANTS = {
+    "paper": dict(reduction="batchmean", attack_mode="eval", label_temperature=None, always_clean=False),
+    "official": dict(reduction="mean", attack_mode="found", label_temperature=1.0, always_clean=True),
+}
+
+def _variant(name):
+    if name not in _VARIANTS: raise ValueError(f"variant must be paper or official, got {name!r}")
+    return _VARIANTS[name]
+
+# %% ../nbs/22_ard.ipynb #c7e7e435
 def ard_schedule(
     optimizer: torch.optim.Optimizer,
     milestones: tuple = (100, 150),  # epochs, rising
@@ -59,17 +69,17 @@ def ard_schedule(
         return factor ** (drops if variant == "paper" else min(drops, 1))
     return LambdaLR(optimizer, scale)
 
-# %% ../nbs/22_ard.ipynb #e7c3388a
-_VARIANTS = {
-    "paper": dict(reduction="batchmean", attack_mode="eval", label_temperature=None, always_clean=False),
-    "official": dict(reduction="mean", attack_mode="found", label_temperature=1.0, always_clean=True),
-}
+# %% ../nbs/22_ard.ipynb #8fa9c6e1
+_PGD10 = partial(pgd, eps=8 / 255, step_size=2 / 255, steps=10)
 
-def _variant(name):
-    if name not in _VARIANTS: raise ValueError(f"variant must be paper or official, got {name!r}")
-    return _VARIANTS[name]
+def _check_choices(inner, teacher_sees, clean_target, reduction):
+    for name, value, choices in (("inner", inner, ("labels", "teacher")),
+                                 ("teacher_sees", teacher_sees, ("clean", "adversarial")),
+                                 ("clean_target", clean_target, ("labels", "teacher")),
+                                 ("reduction", reduction or "mean", ("batchmean", "mean"))):
+        if value not in choices: raise ValueError(f"{name} must be {' or '.join(choices)}, got {value!r}")
 
-# %% ../nbs/22_ard.ipynb #6c1c52b9
+# %% ../nbs/22_ard.ipynb #5b91b38e
 class ARD:
     "Train `student` to answer under attack what a frozen teacher answers on the clean image (Goldblum et al. 2020)."
 
@@ -79,64 +89,55 @@ class ARD:
         teacher: nn.Module,            # the same; put into eval mode and frozen here
         *,
         variant: str = "paper",        # or "official"; sets what is None below, see section 5
-        attack: Callable = partial(pgd, eps=8 / 255, step_size=2 / 255, steps=10),  # (model, x, y) -> x_adv
+        attack: Callable = _PGD10,     # (model, x, y) -> x_adv
         inner: str = "labels",         # what the attack opposes: "labels", or the "teacher"'s answer (RSLAD)
         teacher_sees: str = "clean",   # or "adversarial": the teacher answers on x_adv
         clean_target: str = "labels",  # what 1 - alpha weighs: "labels", or the "teacher"'s answer on x (RSLAD)
         temperature: float = 30.0,     # > 0
         alpha: float = 1.0,            # in [0, 1]: weight of the adversarial term
         reduction: str | None = None,  # "batchmean" (paper) or "mean" (official), see `ard_loss`
-        attack_mode: str | None = None,     # "eval" (paper) or "found" (official: train mode, statistics move)
+        attack_mode: str | None = None,     # "eval" (paper) or "found" (official)
         fold: bool = False,            # attack a copy with BatchNorm folded into the convolutions; eval mode only
-        lr: float = 0.1,
-        momentum: float = 0.9,
-        weight_decay: float = 2e-4,
+        lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 2e-4,
         schedule: Callable | None = None,   # optimiser -> scheduler, stepped once an epoch; see `ard_schedule`
     ):
         _check_weights(temperature, alpha)
-        _check_choices(inner, teacher_sees, clean_target)
-        chosen = dict(_variant(variant))
-        chosen |= {k: v for k, v in dict(reduction=reduction, attack_mode=attack_mode).items() if v}
-        self.variant, self.reduction, self.fold = variant, chosen["reduction"], fold
-        self.label_temperature, self.always_clean = chosen["label_temperature"], chosen["always_clean"]
+        _check_choices(inner, teacher_sees, clean_target, reduction)
+        self.variant, chosen = variant, _variant(variant)
+        self.reduction, self.fold = reduction or chosen["reduction"], fold
         if inner == "teacher": attack = partial(attack, objective="kl")
-        self.attack, self.attack_name = ready_attack(attack, chosen["attack_mode"], fold), attack_name(attack)
+        mode, self.attack_name = attack_mode or chosen["attack_mode"], attack_name(attack)
+        self.attack = ready_attack(attack, mode, fold)
         self.inner, self.teacher_sees, self.clean_target = inner, teacher_sees, clean_target
-        self.temperature, self.alpha = temperature, alpha
-        self.student, self.teacher = student.train(), teacher.eval().requires_grad_(False)
+        self.temperature, self.alpha, self.student = temperature, alpha, student.train()
+        self.teacher = teacher.eval().requires_grad_(False)
         self.optimizer = sgd(student, lr, momentum, weight_decay)
         self.schedule = schedule(self.optimizer) if schedule else None
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         "One update on x (B, C, H, W) in [0, 1] and y (B,); `loss` = alpha soft + (1 - alpha) hard."
-        with torch.no_grad(): teacher_logits = self.teacher(x)
-        x_adv = attacked(self, x, teacher_logits.float() if self.inner == "teacher" else y)
-        loss = self._loss(x, x_adv, y, teacher_logits)
+        loss = _ard_step_loss(self, x, y)
         loss.backward()
         self.optimizer.step(); self.optimizer.zero_grad()
         return {"loss": loss.detach()}
-
-    def _loss(self, x, x_adv, y, teacher_logits):
-        adv_logits = self.student(x_adv)
-        clean_logits = self.student(x) if self.always_clean or self.alpha < 1 else None
-        target = teacher_logits
-        if self.teacher_sees == "adversarial":
-            with torch.no_grad(): target = self.teacher(x_adv)
-        if self.clean_target == "labels":
-            return ard_loss(adv_logits, target, clean_logits, y, self.temperature, self.alpha,
-                            self.reduction, self.label_temperature)
-        soft = ard_loss(adv_logits, target, temperature=self.temperature, reduction=self.reduction)
-        if self.alpha == 1: return soft
-        clean = kd_loss(clean_logits, teacher_logits, self.temperature, self.reduction)
-        return self.alpha * soft + (1 - self.alpha) * clean
 
     def end_epoch(self, epoch: int) -> None:
         "Move the learning rate on."
         if self.schedule: self.schedule.step()
 
-# %% ../nbs/22_ard.ipynb #42a6d6a0
-def _check_choices(inner, teacher_sees, clean_target):
-    for name, value, choices in (("inner", inner, ("labels", "teacher")),
-                                 ("teacher_sees", teacher_sees, ("clean", "adversarial")),
-                                 ("clean_target", clean_target, ("labels", "teacher"))):
-        if value not in choices: raise ValueError(f"{name} must be {' or '.join(choices)}, got {value!r}")
+# %% ../nbs/22_ard.ipynb #2f12899b
+def _ard_step_loss(method, x, y):
+    with torch.no_grad(): teacher_logits = method.teacher(x).float()
+    x_adv = attacked(method, x, teacher_logits if method.inner == "teacher" else y)
+    target = teacher_logits
+    if method.teacher_sees == "adversarial":
+        with torch.no_grad(): target = method.teacher(x_adv).float()
+    adv_logits, chosen = method.student(x_adv), _variant(method.variant)
+    clean_logits = method.student(x) if method.alpha < 1 or chosen["always_clean"] else None
+    if method.clean_target == "labels":
+        return ard_loss(adv_logits, target, clean_logits, y, method.temperature, method.alpha,
+                        method.reduction, chosen["label_temperature"])
+    soft = kd_loss(adv_logits, target, method.temperature, method.reduction)
+    if method.alpha == 1: return soft
+    clean = kd_loss(clean_logits, teacher_logits, method.temperature, method.reduction)
+    return method.alpha * soft + (1 - method.alpha) * clean
