@@ -79,7 +79,7 @@ def _check_choices(inner, teacher_sees, clean_target, reduction):
                                  ("reduction", reduction or "mean", ("batchmean", "mean"))):
         if value not in choices: raise ValueError(f"{name} must be {' or '.join(choices)}, got {value!r}")
 
-# %% ../nbs/22_ard.ipynb #5b91b38e
+# %% ../nbs/22_ard.ipynb #d8950934
 class ARD:
     "Train `student` to answer under attack what a frozen teacher answers on the clean image (Goldblum et al. 2020)."
 
@@ -93,8 +93,7 @@ class ARD:
         inner: str = "labels",         # what the attack opposes: "labels", or the "teacher"'s answer (RSLAD)
         teacher_sees: str = "clean",   # or "adversarial": the teacher answers on x_adv
         clean_target: str = "labels",  # what 1 - alpha weighs: "labels", or the "teacher"'s answer on x (RSLAD)
-        temperature: float = 30.0,     # > 0
-        alpha: float = 1.0,            # in [0, 1]: weight of the adversarial term
+        temperature: float = 30.0, alpha: float = 1.0,  # > 0; in [0, 1]: weight of the adversarial term
         reduction: str | None = None,  # "batchmean" (paper) or "mean" (official), see `ard_loss`
         attack_mode: str | None = None,     # "eval" (paper) or "found" (official)
         fold: bool = False,            # attack a copy with BatchNorm folded into the convolutions; eval mode only

@@ -107,7 +107,7 @@ def _check_trades(clean_logits, adv_logits, beta, reduction):
         shapes = f"{tuple(clean_logits.shape)} and {tuple(adv_logits.shape)}"
         raise ValueError(f"clean and adversarial logits must have the same shape (B, K), got {shapes}")
 
-# %% ../nbs/12_robust.ipynb #a601e523
+# %% ../nbs/12_robust.ipynb #bd6e935a
 class TRADES:
     "Train `student` on clean labels, and to answer the same under attack (Zhang et al. 2019, alg. 1)."
 
@@ -144,8 +144,9 @@ class TRADES:
         loss = natural + self.beta * boundary
         loss.backward()
         self.optimizer.step(); self.optimizer.zero_grad()
-        found = {"loss": loss, "natural": natural, "boundary": boundary}
-        return {k: v.detach() for k, v in found.items()} | {"adv_accuracy": (adv_logits.argmax(1) == y).float().mean()}
+        adv_accuracy = (adv_logits.argmax(1) == y).float().mean()
+        found = {"loss": loss, "natural": natural, "boundary": boundary, "adv_accuracy": adv_accuracy}
+        return {name: value.detach() for name, value in found.items()}
 
     def end_epoch(self, epoch: int) -> None:
         "Move the learning rate on."
