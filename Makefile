@@ -21,7 +21,7 @@ help:
 	@echo "make test       everything that continuous integration checks (PYTEST='-k structure' for a part)"
 	@echo "make export     clean the notebooks and write kdnb/ from them"
 	@echo "make notebooks  run all notebooks with their defaults and keep the outputs (ONLY=10 for some)"
-	@echo "make bench      time the training loop and the data pipeline against plain PyTorch"
+	@echo "make bench      time training, data and attacks against plain PyTorch and other libraries"
 	@echo "make workflows  check the workflow files"
 	@echo "make lab        run the first lesson in JupyterLab in a headless browser, take a picture"
 	@echo "make clean      remove what running and building left; .venv stays (remove it by hand)"
@@ -40,9 +40,11 @@ $(VENV)/.run-ok: $(VENV)/.made settings.ini setup.py pyproject.toml
 	@$(call install,-e '.[run]')
 	@touch $@
 
+# torchattacks, an oracle in tests, would pin an old requests: it comes without what it asks for.
 $(VENV)/.dev-ok: $(VENV)/.made settings.ini setup.py pyproject.toml
 	@echo "installing kdnb[dev] into $(VENV) (PyTorch is large: minutes the first time)"
 	@$(call install,-e '.[dev]')
+	@$(call install,--no-deps 'torchattacks==3.5.1')
 	@touch $(VENV)/.run-ok $@
 
 $(VENV)/.lab-ok: $(VENV)/.dev-ok
@@ -101,6 +103,7 @@ notebooks: export
 
 bench: $(VENV)/.dev-ok
 	@$(BIN)/python tests/bench_training.py
+	@$(BIN)/python tests/bench_attacks.py
 
 workflows: $(VENV)/.workflows-ok
 	@$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml

@@ -5,28 +5,43 @@
 # %% auto #0
 __all__ = ['frozen', 'project', 'pgd', 'fgsm', 'bim', 'cw', 'attack_name']
 
-# %% ../nbs/02_attacks.ipynb #fa9614e9
+# %% ../nbs/02_attacks.ipynb #581ba20a
+import copy
+import math
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from difflib import get_close_matches
-from fractions import Fraction
 from functools import partial
+from inspect import signature
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/02_attacks.ipynb #eceb3035
+# %% ../nbs/02_attacks.ipynb #c1d2abf6
+_KNOWN = {"mode": ("eval", "train", "found"), "norm": ("linf", "l2"), "objective": ("ce", "margin", "kl"),
+          "start": ("random", "zero", "gaussian")}
+
+def _check_name(kind, name):
+    if name in _KNOWN[kind]: return
+    near = get_close_matches(str(name), _KNOWN[kind], 1, 0.3)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{kind} must be {' or '.join(_KNOWN[kind])}, got {name!r}{hint}")
+
+# %% ../nbs/02_attacks.ipynb #69ed32e1
 @contextmanager
 def frozen(
     model: nn.Module,
-    mode: str = "eval",   # "eval"; "train" (batch statistics, buffers put back); "found" (modes and buffers: hands off)
+    mode: str = "eval",  # "train": batch statistics, buffers put back; "found": modes, buffers untouched
 ):
-    "Inside: no parameter needs a gradient. Afterwards: flags, buffers, `.grad` and `requires_grad` as they were."
+    "Inside, parameters take no gradient; afterwards flags, buffers and `requires_grad` are as before."
+    _check_name("mode", mode)
     modes = [(m, m.training) for m in model.modules()]
     wanted = [(p, p.requires_grad) for p in model.parameters()]
-    kept = [(b, b.clone()) for b in model.buffers()] if mode == "train" else []
+    buffers = [(m, k, b) for m, _ in modes for k, b in m._buffers.items() if b is not None]
+    kept = [(m, k, b, b.clone()) for m, k, b in buffers] if mode == "train" else []
     try:
         if mode != "found": model.train(mode == "train")
         for p, _ in wanted: p.requires_grad_(False)
@@ -34,26 +49,36 @@ def frozen(
     finally:
         for module, training in modes: module.training = training
         for p, flag in wanted: p.requires_grad_(flag)
-        with torch.no_grad():
-            for buffer, value in kept: buffer.copy_(value)
+        for module, name, buffer, value in kept:
+            buffer.data.copy_(value)  # .data: a backward pass still to come may hold this buffer
+            module._buffers[name] = buffer
 
-# %% ../nbs/02_attacks.ipynb #3648e5bd
-def _size(v):  # (B, ...) -> (B, 1, 1, 1): the l2 norm of each image, never zero
-    return v.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, *[1] * (v.ndim - 1))
+# %% ../nbs/02_attacks.ipynb #519bef4f
+def _wide(v, x):  # (B,) -> (B, 1, 1, 1), with as many axes as x
+    return v.view(-1, *[1] * (x.ndim - 1))
 
+def _length(v):  # (B, ...) -> (B,): the l2 norm of each image, never zero
+    return v.flatten(1).norm(dim=1).clamp_min(1e-12)
+
+def _unit(v):  # to length 1, however short it was; zero stays zero
+    v = v / _wide(v.flatten(1).abs().amax(1).clamp_min(torch.finfo(v.dtype).tiny), v)
+    return v / _wide(_length(v), v)
+
+# %% ../nbs/02_attacks.ipynb #751b42be
 def project(
     x_adv: Tensor,         # (B, C, H, W)
     x: Tensor,             # (B, C, H, W) in [0, 1]
     eps: float,            # >= 0
     norm: str = "linf",    # or "l2"
-) -> Tensor:               # (B, C, H, W): the nearest images in the ball around x, then in [0, 1]
-    "Back into the ball of radius eps, and into the range of pixels."
-    if norm == "linf": x_adv = torch.minimum(torch.maximum(x_adv, x - eps), x + eps)
-    else: x_adv = x + (x_adv - x) * (eps / _size(x_adv - x)).clamp(max=1)
-    return x_adv.clamp(0, 1)
+) -> Tensor:               # (B, C, H, W)
+    "Into the ball of radius eps around x, then into [0, 1]."
+    _check_name("norm", norm)
+    if norm == "linf": return torch.minimum(torch.maximum(x_adv, x - eps), x + eps).clamp_(0, 1)
+    shift = x_adv - x
+    return (x + shift * _wide((eps / _length(shift)).clamp_(max=1), x)).clamp_(0, 1)
 
-# %% ../nbs/02_attacks.ipynb #cb44063f
-def _margin(logits, y):  # the largest wrong logit minus the true one: > 0 means fooled
+# %% ../nbs/02_attacks.ipynb #66a5557d
+def _margin(logits, y):  # the largest wrong logit minus the true one: > 0 is fooled
     true = logits.gather(1, y[:, None])[:, 0]
     return logits.scatter(1, y[:, None], -torch.inf).amax(1) - true
 
@@ -62,162 +87,325 @@ def _kl(logits, reference):
 
 _OBJECTIVES = {"ce": partial(F.cross_entropy, reduction="none"), "margin": _margin, "kl": _kl}
 
-# %% ../nbs/02_attacks.ipynb #a271b908
-def _starting_point(start, x, eps, norm, generator):
+# %% ../nbs/02_attacks.ipynb #f39079f0
+class _Goal:
+    "What an attack raises, for each image, and when it has won."
+
+    def __init__(self, objective, y, targeted):
+        self.loss = _OBJECTIVES[objective] if isinstance(objective, str) else objective
+        self.aim, self.labels = y, y.argmax(1) if y.is_floating_point() else y
+        self.sign, self.checked = -1 if targeted else 1, False
+
+    def __getitem__(self, index):  # the same for some of the images
+        part = copy.copy(self)
+        part.aim, part.labels = self.aim[index], self.labels[index]
+        return part
+
+    def value(self, logits):  # (B,)
+        value = self.loss(logits, self.aim)
+        if value.shape != self.labels.shape:
+            rule = f"an objective must give one number for each of {len(self.labels)} images"
+            raise ValueError(f"{rule}, got shape {tuple(value.shape)}")
+        return value * self.sign
+
+    def reached(self, logits):  # (B,) bool
+        return (logits.argmax(1) == self.labels) == (self.sign < 0)
+
+    def rank(self, logits):  # (B,): those that fool above all others
+        return self.value(logits).masked_fill(self.reached(logits), torch.inf)
+
+# %% ../nbs/02_attacks.ipynb #696a42a4
+def _check(model, x, y, eps, step_size=None, **counts):
+    if not isinstance(model, nn.Module): raise ValueError(f"model must be an nn.Module, got {_what(model)}")
+    for name, size in (("eps", eps), ("step_size", step_size)):
+        if size is not None and not 0 <= size < math.inf:
+            raise ValueError(f"{name} must be a number >= 0, got {size}")
+    for name, count in counts.items():
+        if not (isinstance(count, int) and count >= 1):
+            raise ValueError(f"{name} must be a whole number >= 1, got {count}")
+    _check_images(x, y)
+
+def _check_images(x, y):
+    if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64) or x.ndim < 2:
+        raise ValueError(f"x must be float32 in [0, 1] of shape (B, C, H, W), got {_what(x)}")
+    if not isinstance(y, Tensor) or y.ndim != 1 + y.is_floating_point() or len(y) != len(x):
+        raise ValueError(f"y must be {len(x)} whole labels, or float logits ({len(x)}, K), got {_what(y)}")
+    low, high = torch.stack(x.detach().aminmax()).tolist() if len(x) else (0, 1)
+    if not (low >= 0 and high <= 1): raise ValueError(f"pixels must lie in [0, 1], got {low:g} to {high:g}")
+
+def _what(v): return f"{v.dtype} of shape {tuple(v.shape)}" if isinstance(v, Tensor) else type(v).__name__
+
+# %% ../nbs/02_attacks.ipynb #7dd8ba4e
+def _check_plan(model, y, objective, start, targeted, early_stop, mode):
+    if not callable(objective): _check_name("objective", objective)
+    if not isinstance(start, Tensor): _check_name("start", start)
+    _check_name("mode", mode)
+    if y.is_floating_point() and objective in ("ce", "margin"):
+        raise ValueError(f"objective {objective!r} needs labels (B,); reference logits (B, K) are for 'kl'")
+    if objective == "kl" and not y.is_floating_point():  # the reference is the model's own answer to x
+        if targeted: raise ValueError("objective 'kl' to the model's own answer has no target")
+        if isinstance(start, str) and start == "zero":
+            raise ValueError("objective 'kl' is flat at x itself; start at 'gaussian' or 'random'")
+    if early_stop and mode != "eval" and (mode == "train" or any(m.training for m in model.modules())):
+        raise ValueError("early_stop needs mode 'eval', else an answer depends on the other images")
+
+# %% ../nbs/02_attacks.ipynb #98d166c1
+@torch.no_grad()
+def _check_logits(logits, goal):
+    aim, count = goal.aim, len(goal.labels)
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != count:
+        raise ValueError(f"the model must return logits of shape ({count}, K), got {_what(logits)}")
+    if aim.is_floating_point() and aim.shape != logits.shape:
+        raise ValueError(f"reference logits must have shape {tuple(logits.shape)}, got {tuple(aim.shape)}")
+    z = logits.float()
+    off = (z.sum(1) - 1).abs().amax() + (z < 0).any()  # 0 if all rows are probabilities
+    low, high, off = torch.stack([goal.labels.amin(), goal.labels.amax(), off]).tolist()
+    if low < 0 or high >= z.shape[1]:
+        raise ValueError(f"labels must lie in [0, {z.shape[1]}), got {low:.0f} to {high:.0f}")
+    if off < 1e-3 and z.shape[1] > 1:
+        warnings.warn("the model seems to return probabilities; attacks need its logits", stacklevel=2)
+
+# %% ../nbs/02_attacks.ipynb #1a95e089
+def _look(model, goal, x_adv):
+    "Logits (B, K), what is raised (B,), and its gradient, shaped as x_adv. Nothing else gets a gradient."
+    with torch.enable_grad():
+        x_adv = x_adv.detach().requires_grad_()
+        logits = _logits(model, goal, x_adv)
+        if not logits.requires_grad:
+            raise ValueError("no gradient from the logits to x: is there a no_grad or detach in the model?")
+        value = goal.value(logits)
+        (gradient,) = torch.autograd.grad(value.sum(), x_adv)
+    return logits.detach(), value.detach(), gradient
+
+def _logits(model, goal, x_adv):
+    logits = model(x_adv)
+    if not goal.checked:
+        _check_logits(logits, goal)
+        goal.checked = True
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+# %% ../nbs/02_attacks.ipynb #0e029e2e
+def _begin(start, x, eps, norm, generator):
+    "Where to start, (B, C, H, W); the numbers drawn do not depend on the memory layout of x."
     if isinstance(start, Tensor): return project(start, x, eps, norm)
     if start == "zero": return x.clone()
-    noise = partial(torch.empty_like(x).normal_, generator=generator)
-    if start == "gaussian": return project(x + 0.001 * noise(), x, eps, norm)
-    if norm == "linf":
-        shift = torch.empty_like(x).uniform_(-eps, eps, generator=generator)
-    else:
-        radius = torch.empty(len(x), device=x.device).uniform_(0, 1, generator=generator) ** (1 / x[0].numel())
-        direction = noise()
-        shift = eps * radius.view(-1, *[1] * (x.ndim - 1)) * direction / _size(direction)
-    return (x + shift).clamp(0, 1)
+    device = generator.device if generator else x.device
+    def draw(*shape): return torch.empty(shape, dtype=x.dtype, device=device)
+    if norm == "linf" and start == "random":
+        return (x + draw(*x.shape).uniform_(-eps, eps, generator=generator).to(x.device)).clamp_(0, 1)
+    radius = draw(len(x)).uniform_(generator=generator) ** (1 / x[0].numel()) if start == "random" else None
+    noise = draw(*x.shape).normal_(generator=generator)
+    if start == "gaussian": return project(x + 0.001 * noise.to(x.device), x, eps, norm)
+    return (x + (eps * _wide(radius, x) * _unit(noise)).to(x.device)).clamp_(0, 1)
 
-# %% ../nbs/02_attacks.ipynb #518a9442
-def _check(model, x, y, eps, steps=1, restarts=1, norm="linf", objective="ce", start="zero", mode="eval"):
-    for name, value, known in (("norm", norm, ("linf", "l2")), ("mode", mode, ("eval", "train", "found")),
-                               ("objective", objective, tuple(_OBJECTIVES)),
-                               ("start", start, ("random", "zero", "gaussian"))):
-        if isinstance(value, str) and value not in known:
-            near = get_close_matches(value, known, 1, 0.3)
-            raise ValueError(f"{name} must be {' or '.join(known)}, got {value!r}"
-                             + (f"; did you mean {near[0]!r}?" if near else ""))
-    if not eps >= 0: raise ValueError(f"eps must be >= 0, got {eps}")
-    if steps < 1 or restarts < 1: raise ValueError(f"steps and restarts must be >= 1, got {steps} and {restarts}")
-    if not x.is_floating_point() or len(y) != len(x):
-        raise ValueError(f"x must be floats and y as long as x, got {x.dtype}, {len(x)} images and {len(y)} labels")
-    low, high = x.detach().aminmax()
-    if not (low >= 0 and high <= 1): raise ValueError(f"pixels must lie in [0, 1], got {low:g} to {high:g}")
-    if isinstance(start, Tensor) and start.shape != x.shape:
-        raise ValueError(f"start must have the shape of x {tuple(x.shape)}, got {tuple(start.shape)}")
-
-# %% ../nbs/02_attacks.ipynb #e65c484f
-@torch.no_grad()
-def _check_logits(logits, x, y):
-    if logits.ndim != 2 or len(logits) != len(x):
-        raise ValueError(f"the model must return logits of shape ({len(x)}, K), got {tuple(logits.shape)}")
-    k = logits.shape[1]
-    if y.is_floating_point():
-        if tuple(y.shape) != tuple(logits.shape):
-            raise ValueError(f"reference logits must have shape {tuple(logits.shape)}, got {tuple(y.shape)}")
-    elif y.ndim != 1 or y.min() < 0 or y.max() >= k:
-        raise ValueError(f"labels must be one integer in [0, {k}) an image, got {y.min()} to {y.max()}")
-    if k > 1 and logits.min() >= 0 and (logits.sum(1) - 1).abs().max() < 1e-3:
-        warnings.warn("the model seems to return probabilities; attacks need logits (no softmax)", stacklevel=4)
-
-# %% ../nbs/02_attacks.ipynb #fd265772
-def _step(x_adv, gradient, x, eps, step_size, norm):
-    if norm == "linf": return project(gradient.sign_().mul_(step_size).add_(x_adv), x, eps, norm)
-    return project(x_adv + step_size * gradient / _size(gradient), x, eps, norm)
-
-# %% ../nbs/02_attacks.ipynb #32e75829
+# %% ../nbs/02_attacks.ipynb #0edeb7b8
 def pgd(
     model: nn.Module,                # (B, C, H, W) in [0, 1] -> (B, K) logits; left exactly as found
-    x: Tensor,                       # (B, C, H, W) float in [0, 1]
-    y: Tensor,                       # (B,) int64 labels (targeted: wanted ones); for "kl" also (B, K) reference logits
+    x: Tensor,                       # (B, C, H, W) float32 in [0, 1]
+    y: Tensor,                       # (B,) int64 labels, targeted: wanted; for "kl" also (B, K) float logits
     *,
     eps: float = 8 / 255,            # >= 0; radius of the ball around x
-    step_size: float | None = None,  # None: 2.5 eps / steps, but at most eps
+    step_size: float | None = None,  # >= 0; None: 2.5 eps / steps, but at most eps
     steps: int = 10,                 # >= 1
-    norm: str = "linf",              # "linf" (steps along the sign) or "l2" (along the normalised gradient)
-    start: str | Tensor = "random",  # "random" in the ball, "zero" (x), "gaussian" (x + .001 N(0, 1)), or (B, C, H, W)
-    restarts: int = 1,               # >= 1; keeps, for each image, one that fools, else the one of largest loss
-    objective: str | Callable = "ce",  # "ce", "margin", "kl", or (logits, y) -> (B,): what the attack raises
+    norm: str = "linf",              # "linf": steps along the sign; "l2": along the gradient
+    start: str | Tensor = "random",  # in the ball; "zero": x; "gaussian": x + .001 N(0, 1); or (B, C, H, W)
+    restarts: int = 1,               # >= 1; keeps for each image an end that fools, else the largest value
+    objective: str | Callable = "ce",  # raised: "ce", "margin", "kl" or (logits, y) -> (B,)
     targeted: bool = False,          # lower the objective instead
-    early_stop: bool = False,        # drop images that are fooled; waits for the device once a step
-    mode: str = "eval",              # see `frozen`
-    generator: torch.Generator | None = None,  # of random starts; None: the global one
+    early_stop: bool = False,        # drop images once they fool; waits for the device at each step
+    mode: str = "eval",              # of the model while it is attacked; see `frozen`
+    generator: torch.Generator | None = None,  # of the random starts; None: the global one
 ) -> Tensor:                         # (B, C, H, W) in the ball and in [0, 1]; no gradient
-    "Projected gradient steps on the objective (Madry et al. 2018, sec. 2.1)."
-    _check(model, x, y, eps, steps, restarts, norm, objective, start, mode)
-    if early_stop and mode == "train": raise ValueError("early_stop needs mode 'eval', got 'train'")
-    x = x.detach()
-    sign = -1 if targeted else 1
-    step_size = min(eps, 2.5 * eps / steps) if step_size is None else step_size
-    loss = _OBJECTIVES.get(objective, objective) if isinstance(objective, str) else objective
+    "Projected gradient ascent (Madry et al. 2018, sec. 2.1)."
+    _check(model, x, y, eps, step_size, steps=steps, restarts=restarts)
+    _check_name("norm", norm)
+    _check_plan(model, y, objective, start, targeted, early_stop, mode)
+    if not len(x): return x.clone()
+    if step_size is None: step_size = min(eps, 2.5 * eps / steps)
+    x, goal = x.detach(), _Goal(objective, y.detach() if y.is_floating_point() else y.long(), targeted)
+    begin = partial(_begin, start, x, eps, norm, generator)
+    climb = partial(_climb, model, step=_stepper(eps, step_size, norm), steps=steps, early_stop=early_stop)
     with frozen(model, mode), torch.no_grad():
-        clean = model(x).float()
-        _check_logits(clean, x, y)
-        labels = y.argmax(1) if y.is_floating_point() else y
-        aim = clean if objective == "kl" and not y.is_floating_point() else y
-        if eps == 0: return x.clone()
-        best, best_rank = x.clone(), None
-        for _ in range(restarts):
-            x_adv = _starting_point(start, x, eps, norm, generator)
-            x_adv = _climb(model, x, x_adv, aim, labels, loss, sign, eps, step_size, steps, norm, early_stop)
-            if restarts == 1: return x_adv
-            rank = _rank(model(x_adv).float(), aim, labels, loss, sign)
-            better = torch.ones_like(labels, dtype=torch.bool) if best_rank is None else rank > best_rank
-            best = torch.where(better.view(-1, *[1] * (x.ndim - 1)), x_adv, best)
-            best_rank = rank if best_rank is None else torch.where(better, rank, best_rank)
-        return best
+        if eps == 0 or (objective == "kl" and not y.is_floating_point()):
+            clean = _logits(model, goal, x)
+            if eps == 0: return x.clone()
+            if objective == "kl": goal.aim = clean
+        x_adv = climb(goal, x, begin())
+        if restarts == 1: return x_adv
+        return _again(model, goal, x, x_adv, begin, climb, restarts - 1, early_stop)
 
-# %% ../nbs/02_attacks.ipynb #5f80eff0
-def _rank(logits, aim, labels, loss, sign):
-    "Fooled ones above all others; among equals the larger loss."
-    fooled = (logits.argmax(1) == labels) == (sign < 0)
-    return fooled * 1e30 + (sign * loss(logits, aim)).clamp(-1e29, 1e29)
+# %% ../nbs/02_attacks.ipynb #f74fa809
+def _stepper(eps, step_size, norm):
+    def step(x_adv, gradient, x):
+        direction = gradient.sign() if norm == "linf" else _unit(gradient)
+        return project(x_adv + step_size * direction, x, eps, norm)
+    return step
 
-# %% ../nbs/02_attacks.ipynb #be9a153c
-def _climb(model, x, x_adv, aim, labels, loss, sign, eps, step_size, steps, norm, early_stop):
-    out, index = x_adv, None
+# %% ../nbs/02_attacks.ipynb #79a5c5e5
+def _climb(model, goal, x, x_adv, step, steps, early_stop):
+    "`steps` steps uphill from x_adv; with `early_stop` an image rests where it first fools."
+    found, index = x_adv, torch.arange(len(x), device=x.device)  # of the images that still move
     for _ in range(steps):
-        with torch.enable_grad():
-            logits = model(x_adv.requires_grad_()).float()
-            (gradient,) = torch.autograd.grad(loss(logits, aim).sum() * sign, x_adv)
-        x_adv = x_adv.detach()
+        logits, _, gradient = _look(model, goal, x_adv)
         if early_stop:
-            keep = ((logits.detach().argmax(1) == labels) == (sign > 0)).nonzero()[:, 0]
-            if index is None: index = torch.arange(len(x), device=x.device)
-            if len(keep) < len(index):
-                out = out.index_copy(0, index, x_adv)
-                index, x_adv, gradient = index[keep], x_adv[keep], gradient[keep]
-                x, aim, labels = x[keep], aim[keep], labels[keep]
-            if not len(index): return out
-        x_adv = _step(x_adv, gradient, x, eps, step_size, norm)
-    return x_adv if index is None else out.detach().index_copy(0, index, x_adv)
+            left = (~goal.reached(logits)).nonzero()[:, 0]
+            if len(left) < len(index):
+                found = found.index_copy(0, index, x_adv)
+                index, goal, x, x_adv, gradient = (v[left] for v in (index, goal, x, x_adv, gradient))
+            if not len(index): return found
+        x_adv = step(x_adv, gradient, x)
+    return x_adv if len(index) == len(found) else found.index_copy(0, index, x_adv)
 
-# %% ../nbs/02_attacks.ipynb #90abc9c4
+# %% ../nbs/02_attacks.ipynb #23adafca
+def _again(model, goal, x, best, begin, climb, times, early_stop):
+    "More starts; the best of each image is kept. With `early_stop` only those that do not fool yet go on."
+    rank = goal.rank(_logits(model, goal, best))
+    for _ in range(times):
+        index, x_adv = torch.arange(len(x), device=x.device), begin()
+        if early_stop: index = (rank < torch.inf).nonzero()[:, 0]
+        if not len(index): break
+        x_adv = climb(goal[index], x[index], x_adv[index])
+        new = goal[index].rank(_logits(model, goal, x_adv))
+        better = new > rank[index]
+        best = best.index_copy(0, index, torch.where(_wide(better, x), x_adv, best[index]))
+        rank = rank.index_copy(0, index, torch.where(better, new, rank[index]))
+    return best
+
+# %% ../nbs/02_attacks.ipynb #db595506
 def fgsm(
-    model: nn.Module,      # as for `pgd`
-    x: Tensor,             # (B, C, H, W) float in [0, 1]
-    y: Tensor,             # (B,) int64
+    model: nn.Module,           # (B, C, H, W) in [0, 1] -> (B, K) logits; left exactly as found
+    x: Tensor,                  # (B, C, H, W) float32 in [0, 1]
+    y: Tensor,                  # (B,) int64, or what `pgd` takes
     *,
-    eps: float = 8 / 255,  # >= 0
-    **switches,            # norm, objective, targeted, mode, as for `pgd`
-) -> Tensor:               # (B, C, H, W)
-    "One step of length eps from x (Goodfellow et al. 2015)."
-    return pgd(model, x, y, eps=eps, step_size=eps, steps=1, start="zero", **switches)
+    eps: float = 8 / 255,       # >= 0; length of the step
+    norm: str = "linf",
+    targeted: bool = False,
+    objective: str | Callable = "ce",
+    mode: str = "eval",
+) -> Tensor:                    # (B, C, H, W)
+    "The fast gradient sign method: one step of length eps (Goodfellow et al. 2015)."
+    more = dict(norm=norm, targeted=targeted, objective=objective, mode=mode)
+    return pgd(model, x, y, eps=eps, step_size=eps, steps=1, start="zero", **more)
 
+# %% ../nbs/02_attacks.ipynb #afaec913
 def bim(
-    model: nn.Module,      # as for `pgd`
-    x: Tensor,             # (B, C, H, W) float in [0, 1]
-    y: Tensor,             # (B,) int64
-    **switches,            # as for `pgd`
-) -> Tensor:               # (B, C, H, W)
-    "PGD from x itself, without a random start (Kurakin et al. 2017)."
-    return pgd(model, x, y, start="zero", **switches)
+    model: nn.Module,           # (B, C, H, W) in [0, 1] -> (B, K) logits; left exactly as found
+    x: Tensor,                  # (B, C, H, W) float32 in [0, 1]
+    y: Tensor,                  # (B,) int64, or what `pgd` takes
+    *,
+    eps: float = 8 / 255,       # >= 0
+    step_size: float | None = None,
+    steps: int = 10,            # >= 1
+    norm: str = "linf",
+    targeted: bool = False,
+    objective: str | Callable = "ce",
+    early_stop: bool = False,
+    mode: str = "eval",
+) -> Tensor:                    # (B, C, H, W)
+    "The basic iterative method: PGD that starts at x itself (Kurakin et al. 2017)."
+    more = dict(norm=norm, targeted=targeted, objective=objective, early_stop=early_stop, mode=mode)
+    return pgd(model, x, y, eps=eps, step_size=step_size, steps=steps, start="zero", **more)
 
-# %% ../nbs/02_attacks.ipynb #4771ef45
-def cw(model, x, y, *, norm="linf", eps=8 / 255, steps=30, **switches):
-    "PGD on the margin."
-    if norm != "linf": raise ValueError("l2 form not written yet")
-    return pgd(model, x, y, norm=norm, eps=eps, steps=steps, objective="margin", **switches)
+# %% ../nbs/02_attacks.ipynb #90e76a2e
+def _won(goal, logits, kappa): return goal.reached(logits) & (goal.value(logits) >= kappa)
 
-# %% ../nbs/02_attacks.ipynb #5ffedef0
-def attack_name(attack: Callable) -> str:
-    "What the attack is called in results: pgd20-linf-8/255."
-    kw = getattr(attack, "keywords", {})
-    f = getattr(attack, "func", attack)
-    while isinstance(f, partial): kw, f = f.keywords | kw, f.func
-    if f not in (pgd, bim, fgsm, cw): return getattr(f, "__name__", type(f).__name__)
-    norm, e = kw.get("norm", "linf"), kw.get("eps", 8 / 255)
-    k = e * 255
-    radius = f"{round(k)}/255" if abs(k - round(k)) < 1e-6 and norm == "linf" else f"{e:g}"
-    steps = "" if f is fgsm else str(kw.get("steps", 30 if f is cw else 10))
-    more = f"-{kw['objective']}" if kw.get("objective", "ce") != "ce" else ""
-    times = f"x{kw['restarts']}" if kw.get("restarts", 1) > 1 else ""
-    return f"{f.__name__}{steps}{times}{more}-{norm}-{radius}"
+def _descend(model, goal, x, constant, rate, kappa, steps, best, length):
+    "Adam on |x_adv - x|^2 + constant * relu(kappa - value): the shortest ways so far, and who got there."
+    x_adv, mean, square, there = x, 0.0, 0.0, torch.zeros_like(goal.labels, dtype=torch.bool)
+    for t in range(1, steps + 1):
+        logits, value, gradient = _look(model, goal, x_adv)
+        shift = x_adv - x
+        hit, now = _won(goal, logits, kappa), shift.flatten(1).norm(dim=1)
+        shorter, there = hit & (now < length), there | hit
+        best, length = torch.where(_wide(shorter, x), x_adv, best), torch.where(shorter, now, length)
+        slope = 2 * shift - _wide(constant * (value < kappa), x) * gradient
+        mean, square = 0.9 * mean + 0.1 * slope, 0.99 * square + 0.01 * slope**2
+        step = mean / (1 - 0.9**t) / ((square / (1 - 0.99**t)).sqrt() + 1e-12)
+        x_adv = (x_adv - _wide(rate * 0.01 ** (t / steps), x) * step).clamp_(0, 1)
+    return best, length, there
+
+# %% ../nbs/02_attacks.ipynb #cc2a99f2
+def _shortest(model, goal, x, kappa, steps, searches):
+    "C&W's search for the constant, begun at the value that is right for a linear model."
+    _, value, gradient = _look(model, goal, x)
+    slope, best, length = _length(gradient), x, torch.full_like(value, torch.inf)
+    distance = ((kappa - value) / slope).clamp(1e-6, math.sqrt(x[0].numel()))
+    low, high, constant = torch.zeros_like(value), torch.full_like(value, torch.inf), 4 * distance / slope
+    rate = 4 * distance / math.sqrt(x[0].numel())  # Adam moves every pixel about as far
+    for _ in range(searches):
+        best, length, there = _descend(model, goal, x, constant, rate, kappa, steps, best, length)
+        low, high = torch.where(there, low, constant), torch.where(there, constant, high)
+        constant = torch.where(high.isinf(), 10 * constant, (low + high) / 2)
+    return best
+
+# %% ../nbs/02_attacks.ipynb #2467962f
+def _walk_back(model, goal, x, x_adv, kappa):
+    "To the nearest point between x and x_adv that still wins, by halving."
+    near, far = torch.zeros_like(goal.labels, dtype=x.dtype), torch.ones_like(goal.labels, dtype=x.dtype)
+    for _ in range(10):
+        middle = (near + far) / 2
+        hit = _won(goal, _logits(model, goal, x.lerp(x_adv, _wide(middle, x))), kappa)
+        near, far = torch.where(hit, near, middle), torch.where(hit, middle, far)
+    return x.lerp(x_adv, _wide(far, x))
+
+# %% ../nbs/02_attacks.ipynb #bbbfaac0
+def _capped_margin(logits, y, kappa, targeted):
+    return _margin(logits, y).clamp_min(-kappa) if targeted else _margin(logits, y).clamp_max(kappa)
+
+_CW = {"l2": (None, 100, 0.0), "linf": (8 / 255, 30, None)}  # eps, steps, kappa
+
+def cw(
+    model: nn.Module,           # (B, C, H, W) in [0, 1] -> (B, K) logits; left exactly as found
+    x: Tensor,                  # (B, C, H, W) float32 in [0, 1]
+    y: Tensor,                  # (B,) int64; targeted: the wanted classes
+    *,
+    norm: str = "l2",           # "l2": the shortest way to another answer; "linf": `pgd` on the margin
+    eps: float | None = None,   # linf: radius, None: 8/255; l2: where more is needed x stays, None: no limit
+    steps: int | None = None,   # >= 1; None: 100 for each constant (l2), 30 (linf)
+    kappa: float | None = None,  # >= 0, the margin to reach; None: 0 (l2), no end (linf)
+    searches: int = 4,          # >= 1; constants that l2 tries
+    targeted: bool = False,
+    mode: str = "eval",
+    **switches,                 # linf: step_size, start, restarts, early_stop, generator, as in `pgd`
+) -> Tensor:                    # (B, C, H, W); x itself where l2 finds nothing
+    "Carlini and Wagner 2017: the shortest l2 perturbation (sec. V), or their margin under a linf bound."
+    _check_name("norm", norm)
+    usual = _CW[norm]
+    eps, steps, kappa = (b if a is None else a for a, b in zip((eps, steps, kappa), usual, strict=True))
+    if kappa is not None and not 0 <= kappa < math.inf: raise ValueError(f"kappa must be >= 0, got {kappa}")
+    if norm == "linf":
+        objective = "margin" if kappa is None else partial(_capped_margin, kappa=kappa, targeted=targeted)
+        more = dict(eps=eps, steps=steps, objective=objective, targeted=targeted, mode=mode)
+        return pgd(model, x, y, **more, **switches)
+    if switches: raise ValueError(f"cw with norm='l2' has no {', '.join(switches)}")
+    _check(model, x, y, 0.0 if eps is None else eps, steps=steps, searches=searches)
+    _check_plan(model, y, "margin", "zero", targeted, False, mode)
+    if not len(x): return x.clone()
+    x, goal = x.detach(), _Goal("margin", y.long(), targeted)
+    with frozen(model, mode), torch.no_grad():
+        x_adv = _walk_back(model, goal, x, _shortest(model, goal, x, kappa, steps, searches), kappa)
+        if eps is None: return x_adv
+        return torch.where(_wide((x_adv - x).flatten(1).norm(dim=1) <= eps, x), x_adv, x)
+
+# %% ../nbs/02_attacks.ipynb #994279ee
+def attack_name(
+    attack: Callable,  # attack(model, x, y) -> x_adv, such as partial(pgd, eps=8/255, steps=20)
+) -> str:
+    "What the numbers under this attack are called: pgd20-linf-8/255; other callables go by their own name."
+    given = {}
+    while isinstance(attack, partial): given, attack = attack.keywords | given, attack.func
+    if attack not in (fgsm, bim, pgd, cw): return getattr(attack, "__name__", type(attack).__name__)
+    usual = {name: p.default for name, p in signature(attack).parameters.items()}
+    at = SimpleNamespace(**dict(objective="ce", restarts=1, steps="") | usual | given)
+    if attack is cw:
+        eps, steps, _ = _CW[at.norm]
+        at.eps, at.steps = eps if at.eps is None else at.eps, steps if at.steps is None else at.steps
+    times = f"x{at.restarts}" if at.restarts > 1 else ""
+    what = getattr(at.objective, "__name__", at.objective)
+    extra = [what] * (what != "ce") + ["targeted"] * at.targeted + [at.mode] * (at.mode != "eval")
+    return "-".join([f"{attack.__name__}{at.steps}{times}", *extra, at.norm, *_radius(at.eps, at.norm)])
+
+def _radius(eps, norm):
+    if eps is None: return []
+    levels = eps * 255
+    return [f"{levels:.0f}/255" if norm == "linf" and abs(levels - round(levels)) < 1e-6 else f"{eps:g}"]

@@ -80,7 +80,7 @@ class PGDAT:
         "Move the learning rate on."
         if self.schedule: self.schedule.step()
 
-# %% ../nbs/12_robust.ipynb #e9ecb6ed
+# %% ../nbs/12_robust.ipynb #311554b9
 def trades_loss(
     clean_logits: Tensor,           # (B, K) raw scores on x; gradient flows here
     adv_logits: Tensor,             # (B, K) raw scores on x_adv; and here: through both sides of the KL
@@ -92,13 +92,13 @@ def trades_loss(
     _check_trades(clean_logits, adv_logits, beta, reduction)
     return F.cross_entropy(clean_logits, y) + beta * _divergence(clean_logits, adv_logits, reduction)
 
-# %% ../nbs/12_robust.ipynb #b55e962f
+# %% ../nbs/12_robust.ipynb #dc783e92
 def _divergence(clean_logits, adv_logits, reduction):
     log_clean, log_adv = F.log_softmax(clean_logits, dim=1), F.log_softmax(adv_logits, dim=1)
     kl = F.kl_div(log_adv, log_clean, reduction="batchmean", log_target=True)
     return kl if reduction == "batchmean" else kl / clean_logits.shape[1]
 
-# %% ../nbs/12_robust.ipynb #d5e5fcbb
+# %% ../nbs/12_robust.ipynb #d628f93c
 def _check_trades(clean_logits, adv_logits, beta, reduction):
     if beta < 0: raise ValueError(f"beta must be >= 0, got {beta}")
     if reduction not in ("batchmean", "mean"):
@@ -107,7 +107,7 @@ def _check_trades(clean_logits, adv_logits, beta, reduction):
         shapes = f"{tuple(clean_logits.shape)} and {tuple(adv_logits.shape)}"
         raise ValueError(f"clean and adversarial logits must have the same shape (B, K), got {shapes}")
 
-# %% ../nbs/12_robust.ipynb #bd6e935a
+# %% ../nbs/12_robust.ipynb #786896f6
 class TRADES:
     "Train `student` on clean labels, and to answer the same under attack (Zhang et al. 2019, alg. 1)."
 
@@ -152,7 +152,7 @@ class TRADES:
         "Move the learning rate on."
         if self.schedule: self.schedule.step()
 
-# %% ../nbs/12_robust.ipynb #25439862
+# %% ../nbs/12_robust.ipynb #694fcab2
 def _two_answers(student, x, x_adv, forwards):
     "Logits on x and on x_adv, in the order of the official code if wanted."
     if forwards == "joint": return student(torch.cat([x, x_adv])).chunk(2)
@@ -161,7 +161,7 @@ def _two_answers(student, x, x_adv, forwards):
         with torch.no_grad(): student(x)    # the same logits again; only running averages move
     return clean_logits, adv_logits
 
-# %% ../nbs/12_robust.ipynb #63d50fc7
+# %% ../nbs/12_robust.ipynb #84a9f246
 def robust_validation(
     model: nn.Module,               # the student; measured in eval mode and float32, left as found
     images: Images,                 # held out from training

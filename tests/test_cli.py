@@ -12,17 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from kdnb.runner import main, run_notebook, sweep
 from kdnb.runs import (
     load_cards,
-    main,
     notebooks,
     read_parameters,
     results_table,
     run_card,
-    run_notebook,
     run_parameters,
     save_card,
-    sweep,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,7 +98,10 @@ def toy(tmp_path, monkeypatch):
     return tmp_path
 
 
-def kdnb(*words, code="from kdnb.runs import main; raise SystemExit(main())"):
+COMMAND = "from kdnb.runner import main; raise SystemExit(main())"
+
+
+def kdnb(*words, code=COMMAND):
     command = [sys.executable, "-c", code, *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
@@ -182,7 +183,7 @@ def test_bad_input(toy, words, line):
 
 
 def test_without_papermill(toy):
-    code = "import sys; sys.modules['papermill'] = None; from kdnb.runs import main; raise SystemExit(main())"
+    code = "import sys; sys.modules['papermill'] = None; " + COMMAND
     before = tree(toy)
     refused(kdnb("run", "toy", code=code), 'running notebooks needs papermill: pip install "kdnb[run]"')
     assert tree(toy) == before
@@ -190,7 +191,7 @@ def test_without_papermill(toy):
 
 def test_list_starts_at_once(toy):
     code = (
-        "import sys; from kdnb.runs import main; main(); "
+        "import sys; from kdnb.runner import main; main(); "
         "print(*{'torch', 'papermill', 'yaml', 'matplotlib', 'numpy'} & {*sys.modules}, file=sys.stderr)"
     )
     done = kdnb("list", code=code)
@@ -277,7 +278,7 @@ def test_failed_run(toy):
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_ctrl_c(toy):
-    command = [sys.executable, "-m", "kdnb.runs", "run", "slow", "-o", "out.ipynb"]
+    command = [sys.executable, "-m", "kdnb.runner", "run", "slow", "-o", "out.ipynb"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     end = time.time() + 60
     while not (toy / "out.part.ipynb").exists() and child.poll() is None and time.time() < end:
@@ -386,6 +387,8 @@ def test_card_holds_what_it_must():
         {"metrics": {"loss": float("inf")}},
         {"metrics": {"loss": [1.0]}},
         {"metrics": {"kd_accuracy": 98.7}},
+        {"metrics": {"at_pgd20-linf-8/255": 44.5}},
+        {"metrics": {"ARD, robust teacher | cw30-l2-0.5": 44.5}},
         {"metrics": {"loss": "1"}},
         {"dataset": {"sha256": "ab"}},
         {"lr": float("nan")},
@@ -456,6 +459,20 @@ def test_save_and_load(tmp_path):
     with pytest.raises(ValueError, match="line 1 is no run card: no preset, seed, "):
         load_cards("90_toy", tmp_path)
     assert load_cards("90_toy", tmp_path / "nowhere") == []
+
+
+def test_cards_like_a_run(tmp_path):
+    "Protocol and seed; who ran it, and where, does not count."
+    for i, made in enumerate([card(0), card(1), card(0, lr=0.2), card(0, device="cuda:0"), card(0, extra=1)]):
+        save_card(made | {"started": str(i)}, tmp_path)
+
+    def like(**changes):
+        return [
+            int(c["started"]) for c in load_cards("90_toy", tmp_path, like=card()["parameters"] | changes)
+        ]
+
+    assert (like(), like(seed=1), like(lr=0.2), like(lr=0.3)) == ([0, 3], [1], [2], [])
+    assert like(results="/data/me", root="/data") == like()
 
 
 def test_cards_come_from_three_places(toy):
@@ -594,6 +611,106 @@ def test_table_beside_the_paper(toy):
     (toy / "nbs/results/90_toy.paper.yaml").write_text("long: {source: Shipped, kd_accuracy: 98.73}\n")
     assert "paper: Shipped" in str(results_table("90_toy", cards))
     assert "paper: Shipped" not in str(results_table("90_toy", cards[:1])), "nothing of it is shown"
+
+
+# ---------------------------------------------------------------- grids: quantities called "row | column"
+
+
+def cells_of(line):
+    "Of a line of a text table, whose columns are two spaces apart or more."
+    return re.split(r" {2,}", line.rstrip())
+
+
+def blocks(table):
+    "The tables of a results table as text: lists of lines, rules left out."
+    parts = str(table).split("\n\n")[1:-1]
+    return [[line for line in part.splitlines() if line.strip("-")] for part in parts]
+
+
+PGD = "pgd20-linf-8/255"
+
+
+def grid_card(seed=0, small=0.5, **kw):
+    metrics = {
+        "small | accuracy": small,
+        f"small | {PGD}": small / 2,
+        "small | ece": 0.1 + seed / 10,
+        "large | accuracy": 0.9,
+        f"large | {PGD}": 0.6,
+    }
+    return card(seed, metrics=metrics | kw.pop("more", {}), **kw)
+
+
+def test_grid(toy):
+    cards = [grid_card(s, v, seconds=60) for s, v in enumerate([0.5, 0.7])]
+    table = results_table("90_toy", cards, paper={})
+    (grid,) = blocks(table)
+    head, small, large = map(cells_of, grid)
+    assert head == ["protocol", "row", "accuracy", PGD, "ece", "n", "device", "minutes", "date"]
+    both = {r["quantity"]: r for r in table.rows}
+    percent = both["small | accuracy"], both[f"small | {PGD}"]
+    assert [r["mean"] for r in percent] == pytest.approx([60, 30]), "percent, attacks too"
+    assert both["small | ece"]["mean"] == pytest.approx(0.15), "no percent"
+    assert small[:2] == ["default, on digits", "small"]
+    assert small[2:4] == [f"{r['mean']:.2f} ± {r['std']:.2f}" for r in percent]
+    assert small[5] == "2" and small[7:] == ["1.0", "1970-01-01"]
+    # the protocol, the device and so on are said once; the columns stay; nobody measured large's ece
+    assert large == ["", "large", "90.00 ± 0.00", "60.00 ± 0.00"]
+    assert grid[0].index(PGD) == grid[1].index(small[3]) == grid[2].index(large[3])
+    assert len(table.rows) == 5 and all(r["seeds"] == [0, 1] for r in table.rows)
+
+
+def test_grid_beside_the_paper(toy):
+    numbers = {"large | accuracy": 95.2, f"small | {PGD}": 31.0, "huge | accuracy": 98.0, "small | ece": 0.2}
+    paper = {"default": {"source": "Somebody 2020", **numbers}}
+    cards = [grid_card(0), grid_card(1, steps=9)]
+    table = results_table("90_toy", cards, paper=paper)
+    (grid,) = blocks(table)
+    assert [cells_of(line)[1] for line in grid[1:]] == ["large", "small", "huge", "small", "large"]
+    small = next(line for line in grid if cells_of(line)[1] == "small")
+    assert "25.00 (paper 31.00)" in small and "0.1 (paper 0.2)" in small
+    huge = next(line for line in grid if cells_of(line)[1] == "huge")
+    assert cells_of(huge)[2:] == ["(paper 98.00)", "0"], "a number of the paper alone"
+    assert str(table).count("(paper") == 4, "another protocol is not the paper's"
+    assert "paper: Somebody 2020" in str(table)
+
+
+def test_grid_below_the_plain_table(toy):
+    "The plain table is the one that it would be without the grid; Markdown says the same as text."
+    more = {"kd_accuracy": 0.5, "loss": 0.25}
+    mixed = results_table("90_toy", [grid_card(0, more=more)], paper={})
+    plain, grid = blocks(mixed)
+    assert [plain] == blocks(results_table("90_toy", [card(0, metrics=more)], paper={}))
+    assert [grid] == blocks(results_table("90_toy", [grid_card(0)], paper={}))
+    assert {r["quantity"] for r in mixed.rows} == {*grid_card()["metrics"], *more}
+    for lines, part in zip((plain, grid), mixed._repr_markdown_().split("\n\n"), strict=False):
+        rows = part.splitlines()
+        assert len({row.count("|") for row in rows}) == 1, "as many cells in each row"
+        said = [[c.strip() for c in row.strip("|").split("|")] for row in [rows[0], *rows[2:]]]
+        assert [[c for c in row if c] for row in said] == [[c for c in cells_of(x) if c] for x in lines]
+
+
+def test_grid_keeps_what_differs_apart(toy):
+    other = {"name": "digits", "sha256": "other"}
+    cards = [
+        grid_card(0),
+        grid_card(1, more={"large | fgsm-linf-8/255": 0.3}),
+        grid_card(2, more={"only once | accuracy": 0.3}),
+        grid_card(3, 0.1, dataset=other),
+        grid_card(4, 0.2, steps=9),
+    ]
+    (grid,) = blocks(results_table("90_toy", cards, this_run=grid_card(5, 0.3), paper={}))
+    lines = [cells_of(line) for line in grid[1:]]
+    assert [line[0] for line in lines if line[0]] == [
+        "default, on digits",
+        "default, on digits",
+        "default, on digits, steps=9",
+        "this run: default, on digits",
+    ]
+    assert [line[1] for line in lines] == ["small", "large", "only once"] + ["small", "large"] * 3
+    assert cells_of(grid[0])[2:6] == ["accuracy", PGD, "ece", "fgsm-linf-8/255"], "of first appearance"
+    # the number of seeds is said again where it changes: "1-3" where the cells of a line differ
+    assert [lines[i][-4] if lines[i][0] else lines[i][-1] for i in range(3)] == ["3", "1-3", "1"]
 
 
 def test_table_without_cards(toy, capsys):

@@ -16,7 +16,7 @@ def test_preset_runs_two_steps(preset, tmp_path):
     words = [word for key, value in values.items() for word in ("-p", key, str(value))]
     out = tmp_path / "out.ipynb"
     done = subprocess.run(
-        [sys.executable, "-m", "kdnb.runs", "run", name, "-f", kind, "-o", str(out), *words],
+        [sys.executable, "-m", "kdnb.runner", "run", name, "-f", kind, "-o", str(out), *words],
         capture_output=True,
         text=True,
         timeout=600,

@@ -42,7 +42,7 @@ def test_python_blocks_run(tmp_path, monkeypatch):
 
 def test_commands_exist():
     text = subprocess.run(
-        [sys.executable, "-m", "kdnb.runs", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "kdnb.runner", "--help"], capture_output=True, text=True, check=True
     ).stdout
     for command in re.findall(r"kdnb (list|run|sweep|results|copy)\b", README):
         assert command in text

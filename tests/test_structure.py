@@ -113,8 +113,9 @@ def number(name):
 
 
 def floor(name):
-    "00-02 data, models, attacks; 03-09 training, evaluation, runs; 1x and 2x papers; 3x comparisons."
-    return 0 if number(name) <= 2 else 1 if number(name) <= 9 else number(name) // 10 + 1
+    """00-02 data, models, attacks; 03-05 training, evaluation, runs; 06 the runner, which stands on runs and
+    which no notebook needs; 1x and 2x papers; 3x comparisons."""
+    return 0 if number(name) <= 2 else 1 if number(name) <= 5 else max(2, number(name) // 10 + 1)
 
 
 def imports(tree):
@@ -281,13 +282,14 @@ def test_heavy_imports_are_inside_functions(module):
 
 @each_module
 def test_import_stays_light(module):
-    "In a fresh process nothing heavy is loaded beyond torch, and runs does not even need that."
-    before = "import sys" if module == "runs" else "import sys, torch"
+    "In a fresh process nothing heavy is loaded beyond torch; runs and runner do not even need that."
+    light = module in ("runs", "runner")
+    before = "import sys" if light else "import sys, torch"
     code = f"{before}; old = set(sys.modules); import kdnb.{module}; print(*(set(sys.modules) - old))"
     done = run(sys.executable, "-c", code, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     loaded = {m.split(".")[0] for m in done.stdout.split()}
-    heavy = loaded & (HEAVY | AUTHORING | ({"torch"} if module == "runs" else set()))
+    heavy = loaded & (HEAVY | AUTHORING | ({"torch"} if light else set()))
     assert not heavy, f"import kdnb.{module} loads {sorted(heavy)}"
 
 
