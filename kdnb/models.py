@@ -273,18 +273,23 @@ def features(
         raise ValueError("no layer gave a 4-D map of more than one pixel: name the layers")
     return output, {name: maps[name] for name in names or maps}
 
-# %% ../nbs/01_models.ipynb #900f8b49
+# %% ../nbs/01_models.ipynb #845b7d3b
 def fold_batchnorm(
     model: nn.Module,  # any; left as it is
 ) -> nn.Module:        # a frozen copy in evaluation mode; the same answers up to rounding
     "A copy in which each Conv2d with a BatchNorm2d right behind it in a Sequential is one Conv2d."
-    model = copy.deepcopy(model).eval().requires_grad_(False)
-    for block in [m for m in model.modules() if isinstance(m, nn.Sequential)]:
-        for (name, layer), (after, norm) in pairwise(list(block.named_children())):
-            if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None:
+    model = copy.deepcopy(model).eval()
+    for block in [m for m in model.modules() if type(m).forward is nn.Sequential.forward]:
+        for (name, layer), (after, norm) in pairwise(list(block._modules.items())):
+            if _plain(layer, nn.Conv2d) and _plain(norm, nn.BatchNorm2d) and norm.running_var is not None:
                 setattr(block, name, fuse_conv_bn_eval(layer, norm))
                 setattr(block, after, nn.Identity())
-    return model
+    return model.eval().requires_grad_(False)
+
+
+def _plain(layer, kind):  # of this very class, and nobody listens to it
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    return type(layer) is kind and not any(getattr(layer, name) for name in hooks)
 
 # %% ../nbs/01_models.ipynb #b7e712df
 def _files(path):

@@ -111,7 +111,7 @@ _MACHINE = ["seed", "device", "root", "results", "download", "threads", "workers
 def _protocol(parameters):  # what defines an experiment
     return {k: v for k, v in _portable(parameters).items() if k not in _MACHINE}
 
-# %% ../nbs/05_runs.ipynb #aa245f33
+# %% ../nbs/05_runs.ipynb #d5948350
 _KEYS = ["notebook", "preset", "seed", "parameters", "metrics", "dataset", "device", "seconds", "started"]
 
 def load_cards(
@@ -119,8 +119,10 @@ def load_cards(
     like: dict | None = None,  # all parameters of a run: only cards of its protocol and its seed
 ) -> list:  # of cards, the oldest first
     "The recorded runs of a notebook."
-    usual = [lessons_folder() / "results", Path("results"), Path("runs")]
-    folders = usual if folder is None else [Path(folder)]
+    if folder is None:
+        folders = [lessons_folder() / "results", Path("results"), Path("runs")]
+    else:
+        folders = [Path(folder)]
     cards = []
     for path in dict.fromkeys((f / f"{notebook}.jsonl").resolve() for f in folders):
         for number, line in enumerate(path.read_text("utf-8").split("\n") if path.exists() else [], 1):
