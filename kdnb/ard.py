@@ -19,22 +19,23 @@ from .kd import kd_loss
 from .robust import attacked, ready_attack
 from .training import sgd
 
-# %% ../nbs/22_ard.ipynb #68ba5674
+# %% ../nbs/22_ard.ipynb #719b5105
 def ard_loss(
     adv_logits: Tensor,              # (B, K) student's raw scores on x_adv; gradient flows here
     teacher_logits: Tensor,          # (B, K) teacher's raw scores on x; no hidden detach
-    clean_logits: Tensor | None = None,  # (B, K) student's raw scores on x; needed if alpha < 1; gradient flows here
+    clean_logits: Tensor | None = None,  # (B, K) student's raw scores on x, for alpha < 1; gradient flows
     y: Tensor | None = None,         # (B,) int64 labels; needed if alpha < 1
     temperature: float = 30.0,       # > 0
     alpha: float = 1.0,              # in [0, 1]: weight of the distillation term
-    reduction: str = "batchmean",    # "batchmean" is the KL; "mean" also divides by K, as the official code does
-    label_temperature: float | None = None,  # of the label term; None: as `temperature`; 1 in the official code
+    reduction: str = "batchmean",    # "batchmean" is the KL; "mean" also divides by K (official code)
+    label_temperature: float | None = None,  # of the label term; None: `temperature`; official code: 1
 ) -> Tensor:                         # scalar, nats
-    "alpha T^2 KL(teacher(x) || student(x_adv)) + (1 - alpha) CE(student(x), y) (Goldblum et al. 2020, eq. 4)."
+    "alpha T^2 KL(teacher(x) || student(x_adv)) + (1 - alpha) CE(student(x), y) (Goldblum 2020, eq. 4)."
     _check_weights(temperature, alpha, label_temperature)
     soft = kd_loss(adv_logits, teacher_logits, temperature, reduction)
     if alpha == 1: return soft
-    if clean_logits is None or y is None: raise ValueError(f"alpha < 1 needs clean_logits and y, got alpha {alpha}")
+    if clean_logits is None or y is None:
+        raise ValueError(f"alpha < 1 needs clean_logits and y, got alpha {alpha}")
     hard = F.cross_entropy(clean_logits / (label_temperature or temperature), y)
     return alpha * soft + (1 - alpha) * hard
 
@@ -79,9 +80,9 @@ def _check_choices(inner, teacher_sees, clean_target, reduction):
                                  ("reduction", reduction or "mean", ("batchmean", "mean"))):
         if value not in choices: raise ValueError(f"{name} must be {' or '.join(choices)}, got {value!r}")
 
-# %% ../nbs/22_ard.ipynb #d8950934
+# %% ../nbs/22_ard.ipynb #3f4bb8d6
 class ARD:
-    "Train `student` to answer under attack what a frozen teacher answers on the clean image (Goldblum et al. 2020)."
+    "Train `student` to answer under attack as a frozen teacher does on the clean image (Goldblum 2020)."
 
     def __init__(
         self,
@@ -92,13 +93,13 @@ class ARD:
         attack: Callable = _PGD10,     # (model, x, y) -> x_adv
         inner: str = "labels",         # what the attack opposes: "labels", or the "teacher"'s answer (RSLAD)
         teacher_sees: str = "clean",   # or "adversarial": the teacher answers on x_adv
-        clean_target: str = "labels",  # what 1 - alpha weighs: "labels", or the "teacher"'s answer on x (RSLAD)
+        clean_target: str = "labels",  # what 1 - alpha weighs: "labels", or the "teacher"'s answer (RSLAD)
         temperature: float = 30.0, alpha: float = 1.0,  # > 0; in [0, 1]: weight of the adversarial term
         reduction: str | None = None,  # "batchmean" (paper) or "mean" (official), see `ard_loss`
         attack_mode: str | None = None,     # "eval" (paper) or "found" (official)
-        fold: bool = False,            # attack a copy with BatchNorm folded into the convolutions; eval mode only
+        fold: bool = False,            # attack a copy with BatchNorm folded in; eval mode only
         lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 2e-4,
-        schedule: Callable | None = None,   # optimiser -> scheduler, stepped once an epoch; see `ard_schedule`
+        schedule: Callable | None = None,   # optimiser -> scheduler, stepped once an epoch: `ard_schedule`
     ):
         _check_weights(temperature, alpha)
         _check_choices(inner, teacher_sees, clean_target, reduction)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from kdnb.runs import notebooks, read_parameters
+
 PARAMS = Path(__file__).parent.parent / "nbs" / "params"
 
 
@@ -13,6 +15,9 @@ PARAMS = Path(__file__).parent.parent / "nbs" / "params"
 def test_preset_runs_two_steps(preset, tmp_path):
     name, kind = preset.split(".")
     values = {"data": "digits", "device": "cpu", "max_steps": 2, "checkpoints": "", "results": str(tmp_path)}
+    small = {"test_images": 16, "autoattack_images": 8, "val_images": 8, "eval_steps": 2}
+    declared = read_parameters(notebooks()[name])
+    values |= {key: value for key, value in small.items() if key in declared}
     words = [word for key, value in values.items() for word in ("-p", key, str(value))]
     out = tmp_path / "out.ipynb"
     done = subprocess.run(
