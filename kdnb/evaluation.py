@@ -36,7 +36,7 @@ def _logits(model, x):
 def _device(model, images): return next(model.parameters(), images.x).device
 
 def _pairs(images, index, batch_size, device):  # -> positions (B,), x (B, C, H, W) and y (B,) on the device
-    for part in index.split(batch_size):
+    for part in index.split(batch_size) if len(index) else ():
         at = part.to(images.x.device)
         yield part, images.floats(at).to(device), images.y[at].to(device)
 

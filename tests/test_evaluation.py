@@ -241,6 +241,19 @@ def test_model_and_random_numbers_are_as_before(conv, few, run, capfd, monkeypat
     conv.linear.bias.grad = None
 
 
+def test_a_network_that_is_always_wrong(natural, few):
+    "Nothing is left to attack: no attack may be called, and every number is 0."
+    hopeless = Images(few.x, (few.y + 1) % 10, few.classes)
+    with torch.no_grad():
+        wrong = natural(hopeless.floats()).argmax(1) != hopeless.y
+    hopeless = hopeless.subset(wrong.nonzero()[:, 0])
+    assert len(hopeless) > 10
+    assert robust_accuracy(natural, hopeless, lambda *_: pytest.fail("nothing to attack")) == 0
+    found = autoattack(natural, hopeless, eps=0.1, tier="lite")
+    assert found.accuracy == found.clean == 0 and set(found.broken_by) == {"clean"}
+    assert not masking_alarms(natural, hopeless, eps=0.1, steps=2, queries=2)["zero_gradients"].fired
+
+
 def test_the_seed_decides_and_nothing_else(natural, few):
     attack = partial(pgd, eps=EPS, steps=2)
     seen = []

@@ -15,7 +15,8 @@ PARAMS = Path(__file__).parent.parent / "nbs" / "params"
 def test_preset_runs_two_steps(preset, tmp_path):
     name, kind = preset.split(".")
     values = {"data": "digits", "device": "cpu", "max_steps": 2, "checkpoints": "", "results": str(tmp_path)}
-    small = {"test_images": 16, "autoattack_images": 8, "val_images": 8, "eval_steps": 2}
+    small = {"test_images": 16, "val_images": 8, "eval_steps": 2, "steps": 2, "batch_size": 32}
+    small |= {"autoattack_images": 2, "autoattack_tier": "lite"}
     declared = read_parameters(notebooks()[name])
     values |= {key: value for key, value in small.items() if key in declared}
     words = [word for key, value in values.items() for word in ("-p", key, str(value))]
