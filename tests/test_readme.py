@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -58,3 +59,23 @@ def test_results_are_the_recorded_ones():
     for quantity, paper, ours in rows:
         wanted = " ".join(filter(None, (quantity, paper, ours)))
         assert any(wanted in line for line in shown), wanted
+
+
+@pytest.mark.parametrize("name", ["22_ard"])
+def test_grids_are_the_recorded_ones(name):
+    "Each row of a grid in README: its numbers stand in the recorded row, in the order of the columns that it shows."
+    text = str(results_table(name))
+    columns = re.split(r"  +", next(line for line in text.splitlines() if line.startswith("protocol")))
+    recorded = {}
+    for line in text.splitlines():
+        cells = re.split(r"  +", line.strip())
+        numbers = [cell for cell in cells if re.fullmatch(r"[\d.]+ ± [\d.]+", cell)]
+        if numbers:
+            recorded[next(cell for cell, after in zip(cells, cells[1:]) if after == numbers[0])] = numbers
+    head, *rows = re.findall(rf"^<!-- {name} -->\n((?:\|.*\n)+)", README, flags=re.M)[0].splitlines()
+    shown = [word.strip() for word in head.strip("|").split("|")][1:]
+    order = [columns[2:].index(word) for word in shown]
+    assert len(rows) > 9
+    for row in rows[1:]:
+        network, *numbers = [word.strip() for word in row.strip("|").split("|")]
+        assert numbers == [recorded[network][i] for i in order], network
