@@ -81,7 +81,8 @@ def toy(tmp_path, monkeypatch):
     notebook(home / "91_untagged.ipynb", PARAMETERS, SETUP, tagged=0)
     notebook(home / "92_twice.ipynb", PARAMETERS, PARAMETERS, SETUP, tagged=2)
     notebook(home / "93_computed.ipynb", "steps: int = 4 * 5  # > 0", SETUP)
-    notebook(home / "94_slow.ipynb", PARAMETERS, SETUP, "time.sleep(60)", LAST)
+    asleep = "import pathlib; pathlib.Path('asleep').touch(); time.sleep(60)"
+    notebook(home / "94_slow.ipynb", PARAMETERS, SETUP, asleep, LAST)
     presets = {
         "long": "preset: long\nresults: results\nsteps: 2000\n",
         "text": "lr: 1e-3\n",
@@ -281,11 +282,11 @@ def test_ctrl_c(toy):
     command = [sys.executable, "-m", "kdnb.runner", "run", "slow", "-o", "out.ipynb"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     end = time.time() + 60
-    while not (toy / "out.part.ipynb").exists() and child.poll() is None and time.time() < end:
+    while not list(toy.rglob("asleep")) and child.poll() is None and time.time() < end:
         time.sleep(0.1)
-    time.sleep(3)
+    assert list(toy.rglob("asleep"))
     child.send_signal(signal.SIGINT)
-    _, said = child.communicate(timeout=20)
+    _, said = child.communicate(timeout=50)
     assert (child.returncode, said) == (130, "kdnb: stopped\n")
     assert sorted(p.name for p in toy.glob("out*")) == ["out.failed.ipynb"]
 
