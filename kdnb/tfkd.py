@@ -19,7 +19,7 @@ from .kd import kd_loss
 from .robust import attacked, ready_attack
 from .training import sgd
 
-# %% ../nbs/24_tfkd.ipynb #8282effa
+# %% ../nbs/24_tfkd.ipynb #66610c07
 def virtual_teacher(
     y: Tensor,                    # (B,) int64 labels
     num_classes: int,             # K >= 2
@@ -34,7 +34,7 @@ def virtual_teacher(
     probs.scatter_(1, y[:, None], correct_prob)
     return ((probs if softening == "probs" else probs.log()) / temperature).softmax(1)
 
-# %% ../nbs/24_tfkd.ipynb #bb9d99fb
+# %% ../nbs/24_tfkd.ipynb #9186f306
 def _check_virtual(y, num_classes, correct_prob, temperature, softening):
     if num_classes < 2: raise ValueError(f"num_classes must be >= 2, got {num_classes}")
     if not 1 / num_classes < correct_prob <= 1:
@@ -45,7 +45,7 @@ def _check_virtual(y, num_classes, correct_prob, temperature, softening):
     if len(y) and not (y.min() >= 0 and y.max() < num_classes):
         raise ValueError(f"labels must lie in [0, {num_classes}), got {int(y.min())} to {int(y.max())}")
 
-# %% ../nbs/24_tfkd.ipynb #15107073
+# %% ../nbs/24_tfkd.ipynb #f6bf92e4
 def tf_kd_reg_loss(
     logits: Tensor,               # (B, K) student's raw scores; gradient flows here
     y: Tensor,                    # (B,) int64 labels
@@ -65,7 +65,7 @@ def tf_kd_reg_loss(
     soft = F.kl_div(student, target, reduction="batchmean") / (K if variant == "official" else 1)
     return (1 - alpha) * F.cross_entropy(logits, y) + alpha * multiplier * soft
 
-# %% ../nbs/24_tfkd.ipynb #0493bf56
+# %% ../nbs/24_tfkd.ipynb #8b318444
 def tf_kd_self_loss(
     logits: Tensor,               # (B, K) student's raw scores; gradient flows here
     teacher_logits: Tensor,       # (B, K) those of a trained network of the same build; no hidden detach
@@ -81,7 +81,7 @@ def tf_kd_self_loss(
     soft = kd_loss(logits, teacher_logits, temperature, "mean" if variant == "official" else "batchmean")
     return (1 - alpha) * F.cross_entropy(logits, y) + alpha * multiplier * soft
 
-# %% ../nbs/24_tfkd.ipynb #312a7e39
+# %% ../nbs/24_tfkd.ipynb #0f6e424b
 def _check_mix(alpha, temperature, variant, multiplier):
     if not 0 <= alpha <= 1: raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
     if temperature <= 0: raise ValueError(f"temperature must be > 0, got {temperature}")
@@ -89,7 +89,7 @@ def _check_mix(alpha, temperature, variant, multiplier):
         raise ValueError(f"variant must be paper or official, got {variant!r}")
     if multiplier <= 0: raise ValueError(f"multiplier must be > 0, got {multiplier}")
 
-# %% ../nbs/24_tfkd.ipynb #29e8565e
+# %% ../nbs/24_tfkd.ipynb #09800259
 def label_smoothing_loss(
     logits: Tensor,               # (B, K) raw scores; gradient flows here
     y: Tensor,                    # (B,) int64 labels
@@ -105,7 +105,7 @@ def label_smoothing_loss(
     log_p = F.log_softmax(logits, dim=1)
     return -((1 - eps) * log_p.gather(1, y[:, None])[:, 0] + eps * log_p.mean(1)).mean()
 
-# %% ../nbs/24_tfkd.ipynb #35ae1f1b
+# %% ../nbs/24_tfkd.ipynb #25e2c762
 _USUAL = {"reg": dict(alpha=0.1, temperature=20.0),  # the official settings of ResNet18
           "self": dict(alpha=0.95, temperature=6.0)}
 
@@ -160,7 +160,7 @@ class TfKD:
         "Move the learning rate on."
         if self.schedule: self.schedule.step()
 
-# %% ../nbs/24_tfkd.ipynb #5dcd4a5b
+# %% ../nbs/24_tfkd.ipynb #44251241
 _PGD7 = partial(pgd, eps=8 / 255, step_size=1.85 * 8 / 255 / 7, steps=7)
 
 class AdversarialTfKD(TfKD):
@@ -184,7 +184,7 @@ class AdversarialTfKD(TfKD):
         "What the student sees: x (B, C, H, W) moved by the attack."
         return attacked(self, x, y)
 
-# %% ../nbs/24_tfkd.ipynb #ea2b4940
+# %% ../nbs/24_tfkd.ipynb #5401e115
 def equivalent_smoothing(
     num_classes: int,             # K >= 2
     *,
@@ -199,7 +199,7 @@ def equivalent_smoothing(
     factor = 1 - alpha + weight
     return (num_classes * weight * target[1] / factor).item(), factor
 
-# %% ../nbs/24_tfkd.ipynb #1281b796
+# %% ../nbs/24_tfkd.ipynb #353ed54e
 def gradient_heatmap(
     model: nn.Module,              # (B, C, H, W) -> (B, K); left as found
     batches,                       # of x (B, C, H, W) in [0, 1] and y (B,)

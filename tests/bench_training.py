@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kdnb.data import Batches, Images
 from kdnb.kd import KD
 from kdnb.models import create_model
+from kdnb.tfkd import TfKD, tf_kd_reg_loss
 from kdnb.training import Supervised, fit
 
 
@@ -173,6 +174,54 @@ def bench_switches(name, channels, size, rounds, peak):
         assert abs(losses[key] / losses["fp32"] - 1) < 0.02, losses
 
 
+# ---- the virtual teacher: one scatter against a loop over the batch, as the published code has it
+
+
+def published_reg_loss(logits, y):
+    "The steps of the published loss: a table filled row by row, softened, KLDivLoss with its default mean."
+    table = torch.full_like(logits, 0.01 / (logits.shape[1] - 1))
+    for i in range(len(table)):
+        table[i, y[i]] = 0.99
+    soft = nn.KLDivLoss()(logits.log_softmax(1), (table / 20).softmax(1))
+    return 0.9 * nn.functional.cross_entropy(logits, y) + 0.1 * 100 * soft
+
+
+class PublishedReg(Usual):
+    def step(self, x, y):
+        loss = published_reg_loss(self.student(x), y)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return {"loss": loss.detach()}
+
+
+def bench_tfkd(rounds):
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.rand(128, 3, 32, 32, generator=g), torch.randint(0, 100, (128,), generator=g)
+    logits = torch.randn(128, 100, generator=g)
+    ours = partial(tf_kd_reg_loss, logits, y, variant="official", multiplier=100.0)
+    torch.testing.assert_close(ours(), published_reg_loss(logits, y))
+
+    def many(loss):
+        for _ in range(100):
+            loss()
+
+    peer = partial(published_reg_loss, logits, y)
+    mine, theirs = partial(many, ours), partial(many, peer)
+    compare("Tf-KD reg, 100 classes, the loss", mine, theirs, rounds, target=">= 3")
+
+    def new():
+        return create_model("resnet8", num_classes=100, seed=0)
+
+    mine, theirs = TfKD(new(), variant="official", multiplier=100.0, lr=0.01), PublishedReg(new())
+    mine.student.to(memory_format=torch.channels_last)
+    wide = x.contiguous(memory_format=torch.channels_last)
+    a, b = mine.step(wide, y)["loss"], theirs.step(x, y)["loss"]
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=0)
+    step, usual = partial(mine.step, wide, y), partial(theirs.step, x, y)
+    compare("Tf-KD reg, 100 classes, a step of resnet8", step, usual, 5 * rounds, target=">= 2")
+
+
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -184,3 +233,4 @@ if __name__ == "__main__":
     bench_fit(rounds)
     bench_switches("resnet20", 3, 32, rounds, peak)
     bench_switches("mlp_1200_1200", 1, 28, rounds, peak)
+    bench_tfkd(rounds)
