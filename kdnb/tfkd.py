@@ -105,10 +105,22 @@ def label_smoothing_loss(
     log_p = F.log_softmax(logits, dim=1)
     return -((1 - eps) * log_p.gather(1, y[:, None])[:, 0] + eps * log_p.mean(1)).mean()
 
-# %% ../nbs/24_tfkd.ipynb #25e2c762
+# %% ../nbs/24_tfkd.ipynb #051a5e71
 _USUAL = {"reg": dict(alpha=0.1, temperature=20.0),  # the official settings of ResNet18
           "self": dict(alpha=0.95, temperature=6.0)}
 
+def _settle(mode, teacher, given, correct_prob, softening):
+    "The settings of the loss of this mode, checked."
+    if mode not in _USUAL: raise ValueError(f"mode must be reg or self, got {mode!r}")
+    if (teacher is None) == (mode == "self"):
+        raise ValueError(f"mode {mode!r} {'needs a' if mode == 'self' else 'takes no'} teacher")
+    settings = _USUAL[mode] | {key: value for key, value in given.items() if value is not None}
+    _check_mix(**settings)
+    if mode == "self": return settings
+    _check_virtual(torch.zeros(0), 10**9, correct_prob, settings["temperature"], softening)
+    return settings | dict(correct_prob=correct_prob, softening=softening)
+
+# %% ../nbs/24_tfkd.ipynb #2cb5e616
 class TfKD:
     "Distillation without a better teacher: from a made-up one, or from oneself (Yuan et al. 2020)."
 
@@ -126,16 +138,8 @@ class TfKD:
         lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 5e-4,
         schedule: Callable | None = None,   # optimiser -> scheduler, stepped once an epoch
     ):
-        if mode not in _USUAL: raise ValueError(f"mode must be reg or self, got {mode!r}")
-        if (teacher is None) == (mode == "self"):
-            raise ValueError(f"mode {mode!r} {'needs a' if mode == 'self' else 'takes no'} teacher")
-        given = dict(alpha=alpha, temperature=temperature)
-        chosen = _USUAL[mode] | {k: v for k, v in given.items() if v is not None}
-        self.settings = chosen | dict(variant=variant, multiplier=multiplier)
-        _check_mix(**self.settings)
-        if mode == "reg":
-            self.settings |= dict(correct_prob=correct_prob, softening=softening)
-            _check_virtual(torch.zeros(0), 10**9, correct_prob, chosen["temperature"], softening)
+        given = dict(alpha=alpha, temperature=temperature, variant=variant, multiplier=multiplier)
+        self.settings = _settle(mode, teacher, given, correct_prob, softening)
         self.mode, self.student = mode, student.train()
         self.teacher = teacher.eval().requires_grad_(False) if teacher else None
         self.optimizer = sgd(student, lr, momentum, weight_decay)
@@ -160,7 +164,7 @@ class TfKD:
         "Move the learning rate on."
         if self.schedule: self.schedule.step()
 
-# %% ../nbs/24_tfkd.ipynb #44251241
+# %% ../nbs/24_tfkd.ipynb #a3ea1ce0
 _PGD7 = partial(pgd, eps=8 / 255, step_size=1.85 * 8 / 255 / 7, steps=7)
 
 class AdversarialTfKD(TfKD):
@@ -184,7 +188,7 @@ class AdversarialTfKD(TfKD):
         "What the student sees: x (B, C, H, W) moved by the attack."
         return attacked(self, x, y)
 
-# %% ../nbs/24_tfkd.ipynb #5401e115
+# %% ../nbs/24_tfkd.ipynb #1317676d
 def equivalent_smoothing(
     num_classes: int,             # K >= 2
     *,
@@ -199,7 +203,7 @@ def equivalent_smoothing(
     factor = 1 - alpha + weight
     return (num_classes * weight * target[1] / factor).item(), factor
 
-# %% ../nbs/24_tfkd.ipynb #353ed54e
+# %% ../nbs/24_tfkd.ipynb #fdf83469
 def gradient_heatmap(
     model: nn.Module,              # (B, C, H, W) -> (B, K); left as found
     batches,                       # of x (B, C, H, W) in [0, 1] and y (B,)
