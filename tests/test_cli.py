@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -280,7 +281,9 @@ def test_failed_run(toy):
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_ctrl_c(toy):
     command = [sys.executable, "-m", "kdnb.runner", "run", "slow", "-o", "out.ipynb"]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores Ctrl-C
+    child = subprocess.Popen(command, preexec_fn=heard, **pipes)
     end = time.time() + 60
     while not list(toy.rglob("asleep")) and child.poll() is None and time.time() < end:
         time.sleep(0.1)
