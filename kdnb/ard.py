@@ -101,8 +101,7 @@ class ARD:
         lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 2e-4,
         schedule: Callable | None = None,   # optimiser -> scheduler, stepped once an epoch: `ard_schedule`
     ):
-        _check_weights(temperature, alpha)
-        _check_choices(inner, teacher_sees, clean_target, reduction)
+        _check_weights(temperature, alpha), _check_choices(inner, teacher_sees, clean_target, reduction)
         self.variant, chosen = variant, _variant(variant)
         self.reduction, self.fold = reduction or chosen["reduction"], fold
         if inner == "teacher": attack = partial(attack, objective="kl")

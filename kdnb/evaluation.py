@@ -366,8 +366,7 @@ def masking_alarms(
         def run(target, x, y): return attack(target, x, y, **{"eps": eps, "norm": norm} | options)
         return still_right(model, images, run, batch_size=batch_size, seed=seed, fast=fast)
     def transfer(target, x, y, **options): return pgd(surrogate, x, y, **options)
-    many, one = left(pgd, steps=steps), left(fgsm)
-    black = left(_random_search, queries=queries)
+    many, one, black = left(pgd, steps=steps), left(fgsm), left(_random_search, queries=queries)
     if surrogate is not None: black &= left(transfer, steps=steps)
     whole = 1.0 if norm == "linf" else images.x[0].numel() ** 0.5  # no image is further away
     far = left(pgd, eps=whole, steps=2 * steps)

@@ -121,9 +121,7 @@ class TRADES:
         beta: float = 6.0,             # >= 0; see `trades_loss`
         reduction: str = "batchmean",  # the same
         forwards: str = "official",    # "official": x, x_adv, x; "two": x, x_adv; "joint": both in one batch
-        lr: float = 0.1,
-        momentum: float = 0.9,
-        weight_decay: float = 2e-4,
+        lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 2e-4,
         schedule: Callable | None = None,   # optimiser -> scheduler, stepped once an epoch
     ):
         if forwards not in ("official", "two", "joint"):
