@@ -168,7 +168,7 @@ class TfKD:
 _PGD7 = partial(pgd, eps=8 / 255, step_size=1.85 * 8 / 255 / 7, steps=7)
 
 class AdversarialTfKD(TfKD):
-    "`TfKD` for a student under attack; a teacher answers on the clean image (Zhuo, reading notes)."
+    "`TfKD` for a student under attack; a teacher answers on the clean image (L. T. Zhuo's poster)."
 
     def __init__(
         self,
