@@ -107,6 +107,7 @@ def test_gradients_of_reg(softening):
     torch.testing.assert_close(code, (z.softmax(1) - target) / 6 * 50 / 10, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:reduction")
 def test_official_values_as_the_published_code_computes_them():
     "The published loop written out: a table filled row by row, softmax of it / T, KLDivLoss as it comes."
     z, y, K, a, T, alpha, multiplier = logits(), labels(), 10, 0.99, 20.0, 0.1, 100.0
