@@ -29,7 +29,7 @@ class Samples(NamedTuple):
     iterations: Tensor   # (B,) int64: steps it took
     logits: Tensor       # (B, K): the model's answer to x
 
-# %% ../nbs/20_bss.ipynb #036d2bca
+# %% ../nbs/20_bss.ipynb #aa33d27c
 def bss_attack(
     model: nn.Module,            # (B, C, H, W) -> (B, K) raw scores; asked in eval mode, left as found
     x: Tensor,                   # (B, C, H, W) float in [low, high]
@@ -45,8 +45,7 @@ def bss_attack(
     high: Tensor | float = 1.0,  # () or (1, C, 1, 1)
 ) -> Samples:
     "Boundary supporting samples: down L = f_base - f_target until x leaves its class (Heo et al. 2019)."
-    eta = _check_walk(x, base, target, rule, eta, eps, steps)
-    unit = _unit_of(model) if unit is None else unit
+    eta, unit = _check_walk(x, base, target, rule, eta, eps, steps), _unit_of(model) if unit is None else unit
     with frozen(model), torch.no_grad():
         height, slope, logits = _height(model, x, base, target)
         moving = (logits.argmax(1) == base).nonzero()[:, 0]
@@ -54,7 +53,7 @@ def bss_attack(
         left = 1.0      # share of the walks that ended in the last step
         for k in range(steps):
             if not len(moving): break
-            moved = _move(x_adv[moving], slope, eta * (height + eps), rule, unit).clamp_(low, high)
+            moved = _move(x_adv[moving], slope, eta * (height + eps), rule, unit, low, high)
             eager = left < 0.5 and k + 1 < steps     # most go on: ask for the next slope in the same pass
             if eager: height, slope, answer = _height(model, moved, base[moving], target[moving])
             else: answer = _full(model(moved))
@@ -87,23 +86,24 @@ def _height(model, x, base, target):
         (slope,) = torch.autograd.grad(height.sum(), x)
     return height.detach(), slope, logits.detach()
 
-# %% ../nbs/20_bss.ipynb #9720c302
-def _move(x, slope, size, rule, unit):
+# %% ../nbs/20_bss.ipynb #16d69699
+def _move(x, slope, size, rule, unit, low, high):
     "`size` along the slope, or size / |slope|, in a space where `unit` is 1; no slope, no move."
     slope = slope * unit
     length = slope.flatten(1).norm(dim=1).clamp_min(1e-12)
     size = size / length**(2 if rule == "boundary" else 1)
-    return x - unit * slope * size.view(-1, *[1] * (x.ndim - 1))
+    return (x - unit * slope * size.view(-1, *[1] * (x.ndim - 1))).clamp_(min=low).clamp_(max=high)
 
-# %% ../nbs/20_bss.ipynb #aa94c0be
+# %% ../nbs/20_bss.ipynb #e1f91fd3
 def _check_walk(x, base, target, rule, eta, eps, steps):
     usual = {"paper": 0.3, "boundary": 1.02}
     if rule not in usual: raise ValueError(f"rule must be paper or boundary, got {rule!r}")
     eta = usual[rule] if eta is None else eta
-    if not 0 < eta < math.inf: raise ValueError(f"eta must be > 0, got {eta}")
-    if not 0 <= eps < math.inf: raise ValueError(f"eps must be >= 0, got {eps}")
-    if not (isinstance(steps, int) and steps >= 1):
-        raise ValueError(f"steps must be a whole number >= 1, got {steps}")
+    if not (0 < eta < math.inf and 0 <= eps < math.inf):
+        raise ValueError(f"eta must be > 0 and eps >= 0, got {eta} and {eps}")
+    if type(steps) is not int or steps < 1: raise ValueError(f"steps must be an int >= 1, got {steps}")
+    if not x.is_floating_point() or not bool(x.isfinite().all()):
+        raise ValueError(f"x must hold finite floats, got {x.dtype}")
     if base.shape != x.shape[:1] or target.shape != x.shape[:1]:
         shapes = f"{tuple(base.shape)} and {tuple(target.shape)}"
         raise ValueError(f"base and target must have shape ({len(x)},), as many as images, got {shapes}")
@@ -111,16 +111,16 @@ def _check_walk(x, base, target, rule, eta, eps, steps):
         raise ValueError(f"target must differ from base, row {int((base == target).nonzero()[0])} does not")
     return eta
 
-# %% ../nbs/20_bss.ipynb #0c182dc2
+# %% ../nbs/20_bss.ipynb #e9c8025b
 def _check_classes(logits, base, target):
-    if logits.ndim != 2 or len(logits) != len(base):
-        raise ValueError(f"the model must return ({len(base)}, K) logits, got {tuple(logits.shape)}")
+    if logits.ndim != 2 or len(logits) != len(base) or logits.shape[1] < 2:
+        raise ValueError(f"logits must be ({len(base)}, K) with K >= 2, got {tuple(logits.shape)}")
     for name, labels in (("base", base), ("target", target)):
         if len(labels) and (labels.min() < 0 or labels.max() >= logits.shape[1]):
             rule = f"{name} must lie in [0, {logits.shape[1]})"
             raise ValueError(f"{rule}, got {labels.min()} to {labels.max()}")
 
-# %% ../nbs/20_bss.ipynb #584ff632
+# %% ../nbs/20_bss.ipynb #236fecf2
 def select_base(
     student_logits: Tensor,   # (B, K) raw scores
     teacher_logits: Tensor,   # (B, K) raw scores
@@ -133,12 +133,11 @@ def select_base(
     if limit < 1: raise ValueError(f"limit must be >= 1, got {limit}")
     _alike(student_logits, teacher_logits, "logits must be (B, K) alike")
     _alike(student_logits[:, 0], y, "y must hold one label a row")
-    student_logits, teacher_logits = student_logits.detach(), teacher_logits.detach()
     rows = ((student_logits.argmax(1) == y) & (teacher_logits.argmax(1) == y)).nonzero()[:, 0]
     if len(rows) <= limit: return rows
     if how == "random": return rows[torch.randperm(len(rows))[:limit].to(rows.device)]
-    gap = teacher_logits.softmax(1) - student_logits.softmax(1)
-    gap = gap.scatter(1, y[:, None], 0)[rows].square().sum(1)
+    gap = _full(teacher_logits[rows]).softmax(1) - _full(student_logits[rows]).softmax(1)
+    gap = gap.scatter(1, y[rows, None], 0).square().sum(1)
     return rows[gap.topk(limit).indices]
 
 # %% ../nbs/20_bss.ipynb #0d19a33c
@@ -157,7 +156,7 @@ def sample_target(
     if how == "uniform": others = others.where(others.isinf(), 0)
     return torch.multinomial(others.softmax(1), 1, generator=generator)[:, 0]
 
-# %% ../nbs/20_bss.ipynb #e89fd499
+# %% ../nbs/20_bss.ipynb #0ed4ef85
 def bss_loss(
     student_logits: Tensor,     # (B, K) raw scores; gradient flows here
     teacher_logits: Tensor,     # (B, K) raw scores on the same images; no hidden detach
@@ -165,7 +164,7 @@ def bss_loss(
     form: str = "ce",           # cross-entropy with the teacher's answer (paper); "kl": less its entropy
 ) -> Tensor:                    # scalar, nats, mean over the batch; 0 if it is empty
     "Cross-entropy of softened answers, on clean images and on samples alike (Heo et al. 2019)."
-    if temperature <= 0: raise ValueError(f"temperature must be > 0, got {temperature}")
+    if not 0 < temperature < math.inf: raise ValueError(f"temperature must be > 0, got {temperature}")
     if form not in ("ce", "kl"): raise ValueError(f"form must be ce or kl, got {form!r}")
     _alike(student_logits, teacher_logits, "student and teacher logits must have the same shape (B, K)")
     if not len(student_logits): return student_logits.sum() * 0
@@ -183,7 +182,7 @@ def bss_weights(
     if not 1 <= epoch <= epochs: raise ValueError(f"epoch must lie in [1, {epochs}], got {epoch}")
     return 3 * (1 - epoch / epochs) + 1, 2 * max(1 - 4 / 3 * epoch / epochs, 0.0)
 
-# %% ../nbs/20_bss.ipynb #0d363d81
+# %% ../nbs/20_bss.ipynb #9b4d43b3
 class BSS:
     "Train `student` on labels and a teacher's answers, to images and at its boundary (Heo et al. 2019)."
 
@@ -193,7 +192,7 @@ class BSS:
         teacher: nn.Module,              # the same; put into eval mode and frozen here
         *,
         epochs: int,                     # of the training, for `bss_weights`
-        variant: str = "paper",          # drops failed samples; "official" has its own habits, see above
+        variant: str = "paper",          # drops failed samples; "official": keeps all, cuts at 2.5 std
         attack: Callable | None = bss_attack,   # (teacher, x, base, target) -> Samples; None: no samples
         attack_size: int = 64,           # >= 1; samples a batch, at most
         base: str = "gap", target: str = "sampled",      # see `select_base`, `sample_target`
@@ -209,7 +208,7 @@ class BSS:
         teacher = teacher.eval().requires_grad_(False)
         self.teacher = fold_batchnorm(teacher) if fold else teacher
         self.attack, self.attack_name = attack, attack_name(attack)
-        if (variant, self.attack_name) == ("official", "bss_attack"): self.attack = _official(attack, teacher)
+        if (variant, self.attack_name) == ("official", "bss_attack"): self.attack = partial(_official, attack)
         self.optimizer = sgd(student, lr, momentum, weight_decay)
         self.schedule = schedule(self.optimizer) if schedule else None
 
@@ -225,10 +224,10 @@ class BSS:
         "Move the learning rate on."
         before = self.optimizer.param_groups[0]["lr"]
         if self.schedule: self.schedule.step()
-        if self.variant == "official" and self.optimizer.param_groups[0]["lr"] < before:
-            self.optimizer.state.clear()
+        dropped = self.optimizer.param_groups[0]["lr"] < before
+        if self.variant == "official" and dropped: self.optimizer.state.clear()
 
-# %% ../nbs/20_bss.ipynb #f21687e6
+# %% ../nbs/20_bss.ipynb #4ccf89b7
 def _bss_step(method, x, y):
     loss_of = partial(bss_loss, temperature=method.temperature, form=method.form)
     with torch.no_grad(): teacher_logits = _full(method.teacher(x))
@@ -238,7 +237,7 @@ def _bss_step(method, x, y):
     if samples is not None:
         kept = samples.success if method.variant == "paper" else slice(None)
         landed = samples.success.float().mean()
-        if len(samples.x[kept]): boundary = loss_of(method.student(samples.x[kept]), samples.logits[kept])
+        if len(samples.x[kept]) > 1: boundary = loss_of(method.student(samples.x[kept]), samples.logits[kept])
     loss = hard + method.alpha * soft + method.beta * boundary
     loss.backward()
     method.optimizer.step(); method.optimizer.zero_grad()
@@ -262,11 +261,11 @@ def _check_bss(variant, attack_size, base, target, temperature, form):
     sample_target(one, zero, target, torch.Generator())
     bss_loss(one, one, temperature, form)
 
-# %% ../nbs/20_bss.ipynb #6bea20a5
-def _official(attack, teacher):  # pixels cut where the official code cuts, not where colours end
-    norm = next((m for m in teacher.modules() if isinstance(m, Normalize)), None)
-    if norm is None: return partial(attack, low=-2.5, high=2.5)
-    return partial(attack, low=norm.mean - 2.5 * norm.std, high=norm.mean + 2.5 * norm.std)
+# %% ../nbs/20_bss.ipynb #837cd5c5
+def _official(attack, model, *walk):  # pixels cut where the official code cuts, not where colours end
+    norm = next((m for m in model.modules() if isinstance(m, Normalize)), None)
+    mean, std = (norm.mean, norm.std) if norm else (0.0, 1.0)
+    return attack(model, *walk, low=mean - 2.5 * std, high=mean + 2.5 * std)
 
 # %% ../nbs/20_bss.ipynb #faefa05b
 def mag_sim(
@@ -279,23 +278,23 @@ def mag_sim(
     large = torch.maximum(a, b)
     return torch.where(large > 0, torch.minimum(a, b) / large.clamp_min(torch.finfo(a.dtype).tiny), 1)
 
-# %% ../nbs/20_bss.ipynb #aced3333
+# %% ../nbs/20_bss.ipynb #b1603d73
 def ang_sim(
     shift: Tensor,         # (N, ...): see `mag_sim`
     other_shift: Tensor,   # (N, ...)
 ) -> Tensor:               # (N,) in [-1, 1]; 0 where either is zero
     "How like the directions to two boundaries are: the cosine (Heo et al. 2019)."
     _alike(shift, other_shift, "perturbations must be (N, ...) of the same shape")
-    return F.cosine_similarity(shift.flatten(1), other_shift.flatten(1), eps=1e-30)
+    return F.cosine_similarity(shift.flatten(1), other_shift.flatten(1), eps=1e-20).clamp(-1, 1)
 
-# %% ../nbs/20_bss.ipynb #eb3e7160
+# %% ../nbs/20_bss.ipynb #b874b82a
 class Boundary(NamedTuple):
-    "The shortest known ways from N images to the boundaries with K classes."
+    "Ways from N images to their boundaries with K classes, as a walk found them."
 
-    shift: Tensor     # (N, K, C, H, W): image plus shift is on the boundary with class k
-    success: Tensor   # (N, K) bool: whether there is one; never for the image's own class
+    shift: Tensor     # (N, K, C, H, W): image plus shift is at the boundary with class k, where success
+    success: Tensor   # (N, K) bool: whether the walk arrived; never for the image's own class
 
-# %% ../nbs/20_bss.ipynb #980d286f
+# %% ../nbs/20_bss.ipynb #5be6078d
 def find_boundary(
     model: nn.Module,          # (B, C, H, W) -> (B, K) raw scores; left as found
     x: Tensor,                 # (N, C, H, W) in [0, 1]
@@ -305,6 +304,7 @@ def find_boundary(
 ) -> Boundary:
     "Walk every image to its boundary with every other class."
     if not len(x): raise ValueError("there are no images to start from")
+    _alike(base, x.flatten(1)[:, 0], "base must hold one class an image")
     with frozen(model), torch.no_grad(): K = model(x[:1]).shape[1]
     rows, targets = (base[:, None] != torch.arange(K, device=x.device)).nonzero().T
     shifts = x.new_zeros(len(x), K, *x.shape[1:])

@@ -33,22 +33,27 @@ def hint_loss(
     gap = _full(guess) - _full(teacher_map)
     return gap.square().mean() if reduction == "mean" else gap.square().flatten(1).sum(1).mean() / 2
 
-# %% ../nbs/11_features.ipynb #0a53e5a8
+# %% ../nbs/11_features.ipynb #7b27a24b
 def _full(maps):  # at least float32: squares and sums of bfloat16 lose too much
     return maps.float() if maps.dtype in (torch.bfloat16, torch.float16) else maps
+
+def _check_maps(*maps):
+    for m in maps:
+        if m.ndim != 4: raise ValueError(f"maps must be (B, D, H, W), got shape {tuple(m.shape)}")
 
 def _check_alike(student_map, teacher_map, advice):
     if student_map.shape != teacher_map.shape:
         shapes = f"{tuple(student_map.shape)} and {tuple(teacher_map.shape)}"
         raise ValueError(f"maps must have the same shape, got {shapes}: {advice}")
 
-# %% ../nbs/11_features.ipynb #59140bbe
+# %% ../nbs/11_features.ipynb #9ee86d17
 def hint_regressor(
     student_map: Tensor,         # (B, D, H, W) of any batch: only its shape counts
     teacher_map: Tensor,         # (B, E, h, w); h <= H and w <= W
     seed: int | None = None,     # initialisation of its own; None draws from torch's global generator
 ) -> nn.Conv2d:                  # to (B, E, h, w)
     "FitNet's translator: the convolution without padding that takes the one shape to the other."
+    _check_maps(student_map, teacher_map)
     (height, width), (h, w) = student_map.shape[2:], teacher_map.shape[2:]
     if h > height or w > width:
         raise ValueError(f"a regressor cannot enlarge a map, got {height} x {width} to {h} x {w}")
@@ -58,15 +63,17 @@ def hint_regressor(
         made = nn.Conv2d(student_map.shape[1], teacher_map.shape[1], kernel)
     return made.to(student_map.device)
 
-# %% ../nbs/11_features.ipynb #3757be40
+# %% ../nbs/11_features.ipynb #47584a63
 def attention_map(
     maps: Tensor,        # (B, D, H, W); gradient flows
     power: float = 2.0,  # >= 1: below, a zero has no gradient
 ) -> Tensor:             # (B, H * W), each of l2 length 1; all zeros stay zeros
     "Where a layer is active: the mean of |activation|^power over channels (Zagoruyko 2017, sec. 3.1)."
-    if maps.ndim != 4: raise ValueError(f"maps must be (B, D, H, W), got shape {tuple(maps.shape)}")
+    _check_maps(maps)
     if not power >= 1: raise ValueError(f"power must be >= 1, got {power}")
-    return F.normalize(_full(maps).abs().pow(power).mean(1).flatten(1), dim=1)
+    maps = _full(maps)
+    top = maps.detach().abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-30)   # a faint map counts as well
+    return F.normalize((maps / top).abs().pow(power).mean(1).flatten(1), dim=1)
 
 # %% ../nbs/11_features.ipynb #25ddf826
 def attention_loss(
@@ -101,12 +108,13 @@ def _pairs(student_maps, teacher_maps):
         raise ValueError(f"need as many student maps as teacher maps, got {len(ours)} and {len(theirs)}")
     return zip(ours, theirs, strict=True)
 
-# %% ../nbs/11_features.ipynb #9df31ef5
+# %% ../nbs/11_features.ipynb #0ede2fd7
 def fsp_matrix(
     first: Tensor,   # (B, D, H, W), map at the start of a part of the network; gradient flows
     last: Tensor,    # (B, E, h, w), map at its end; the larger map is pooled (max) to the smaller one's size
 ) -> Tensor:         # (B, D, E)
     "Flow of solution procedure: how channels at two depths go together (Yim et al. 2017, eq. 1)."
+    _check_maps(first, last)
     size = [min(a, b) for a, b in zip(first.shape[2:], last.shape[2:], strict=True)]
     first, last = (m if list(m.shape[2:]) == size else F.adaptive_max_pool2d(m, size) for m in (first, last))
     with torch.autocast(first.device.type, enabled=False):

@@ -310,6 +310,14 @@ def test_loss_forms():
     assert ce.item() == pytest.approx(F.cross_entropy(s / 2, (t / 2).softmax(1)).item())
 
 
+def test_half_precision_counts_in_full():
+    s, t = (3 * torch.randn(8, 10, generator=stream(k)).bfloat16() for k in (0, 1))
+    assert bss_loss(s, t).item() == bss_loss(s.float(), t.float()).item()
+    base = torch.zeros(8, dtype=torch.int64)
+    drawn = [sample_target(v, base, generator=stream(0)) for v in (t, t.float())]
+    assert drawn[0].equal(drawn[1])
+
+
 def test_loss_of_nothing_is_zero():
     s = torch.zeros(0, 10, requires_grad=True)
     loss = bss_loss(s, torch.zeros(0, 10))
@@ -354,12 +362,91 @@ def test_step_is_the_sum_of_its_terms(digits, teacher):
     assert found["landed"].item() == pytest.approx(kept.float().mean().item())
 
 
-def test_teacher_is_untouched(digits, teacher):
+@pytest.mark.parametrize("fold", [False, True])
+def test_teacher_is_untouched(fold, digits, teacher):
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
-    method = BSS(digit_net(seed=1), teacher, epochs=4, fold=False, attack_size=8)
+    teacher.requires_grad_(True)
+    method = BSS(digit_net(seed=1), teacher, epochs=4, fold=fold, attack_size=8)
+    folded = not any(isinstance(m, nn.BatchNorm2d) for m in method.teacher.modules())
+    asked = {k: v.clone() for k, v in method.teacher.state_dict().items()}
     method.step(digits.train.floats(slice(0, 32)), digits.train.y[:32])
+    assert folded is fold and (method.teacher is teacher) is not fold
     assert all(v.equal(before[k]) for k, v in teacher.state_dict().items())
-    assert not teacher.training and all(p.grad is None for p in teacher.parameters())
+    assert all(v.equal(asked[k]) for k, v in method.teacher.state_dict().items())
+    for net in (teacher, method.teacher):
+        assert not net.training and not any(p.requires_grad or p.grad is not None for p in net.parameters())
+
+
+@pytest.mark.parametrize("base", ["gap", "random"])
+@pytest.mark.parametrize("target", ["sampled", "likeliest", "uniform"])
+def test_choices_reach_the_attack(base, target, digits, teacher):
+    x, y = digits.train.floats(slice(0, 400)), digits.train.y[:400]
+    student, asked = digit_net(seed=9).eval(), []
+
+    def spy(model, x, base, target):
+        asked.append((x, base, target))
+        return bss_attack(model, x, base, target)
+
+    fit(Supervised(student, lr=0.1), Batches(digits.train, 64, seed=0), epochs=1, progress="off")
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        method = BSS(
+            copy.deepcopy(student),
+            teacher,
+            epochs=4,
+            fold=False,
+            attack=spy,
+            attack_size=8,
+            base=base,
+            target=target,
+        )
+        method.step(x, y)
+    (x0, base0, target0), (x1, _, target1) = asked
+    assert len(x0) == len(x1) == 8
+    assert x0.equal(x1) is (base == "gap")
+    if base == "gap":
+        assert target0.equal(target1) is (target == "likeliest")
+    with torch.no_grad():
+        assert (target == "likeliest") <= target0.equal(sample_target(teacher(x0), base0, "likeliest"))
+
+
+def test_step_is_sgd_on_the_written_loss(digits, teacher):
+    x, y = digits.train.floats(slice(0, 64)), digits.train.y[:64]
+    chosen = dict(temperature=2.0, form="kl", lr=0.05, momentum=0.5, weight_decay=0.01)
+    method = BSS(digit_net(seed=1), teacher, epochs=4, fold=False, attack=None, **chosen)
+    by_hand = digit_net(seed=1).train()
+    alpha, _ = bss_weights(1, 4)
+    optimizer = torch.optim.SGD(by_hand.parameters(), 0.05, 0.5, weight_decay=0.01)
+    for _ in range(2):
+        method.step(x, y)
+        logits = by_hand(x)
+        with torch.no_grad():
+            answers = teacher(x)
+        (F.cross_entropy(logits, y) + alpha * kd_loss(logits, answers, 2.0) / 4).backward()
+        optimizer.step(), optimizer.zero_grad()
+    for ours, wanted in zip(method.student.parameters(), by_hand.parameters(), strict=True):
+        assert torch.allclose(ours, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_lone_sample_is_left_out(count, teacher, digits):
+    "Batch normalisation in training mode has no statistics of one sample of one pixel."
+    x, y = digits.train.floats(slice(0, 32)), digits.train.y[:32]
+
+    def few(model, x, base, target):
+        arrived = torch.arange(len(base)) < count
+        return Samples(x, arrived, base, model(x).detach())
+
+    student = digit_net(seed=9)
+    fit(Supervised(student, lr=0.1), Batches(digits.train, 64, seed=0), epochs=1, progress="off")
+    found = BSS(student, teacher, epochs=4, attack=few).step(x, y)
+    assert (found["boundary"] > 0).item() is (count > 1) and found["landed"] > 0
+
+
+def test_a_label_that_is_no_class_is_never_a_base():
+    "Cross-entropy leaves -100 out; so does the choice of bases."
+    rows = select_base(torch.eye(5), torch.eye(5), torch.tensor([0, 1, 2, 3, -100]), 3).tolist()
+    assert len(rows) == 3 and 4 not in rows
 
 
 def test_folded_teacher_answers_alike(digits, teacher):
@@ -406,22 +493,29 @@ def test_failed_samples_are_dropped_or_kept(digits, teacher):
 
 
 def test_official_variant_cuts_where_its_code_cuts():
+    told = {}
+
+    def bss_attack(model, x, base, target, **limits):  # the switch goes by this name
+        told.update(limits)
+        return Samples(x, torch.zeros_like(base, dtype=torch.bool), base, model(x).detach())
+
+    def limits(teacher):
+        student = create_model("mlp_8", in_channels=1, image_size=2, seed=1)
+        method = BSS(student, teacher, epochs=4, variant="official", attack=bss_attack)
+        method.attack(method.teacher, torch.rand(2, 1, 2, 2), torch.tensor([0, 1]), torch.tensor([1, 0]))
+        return float(told["low"]), float(told["high"])
+
     net = create_model("mlp_8", in_channels=1, image_size=2, mean=[0.5], std=[0.1], seed=0)
-    method = BSS(
-        create_model("mlp_8", in_channels=1, image_size=2, seed=1), net, epochs=4, variant="official"
-    )
-    limits = method.attack.keywords
-    assert limits["low"].item() == pytest.approx(0.25) and limits["high"].item() == pytest.approx(0.75)
-    bare = BSS(
-        create_model("mlp_8", in_channels=1, image_size=2, seed=1), linear(), epochs=4, variant="official"
-    )
-    assert bare.attack.keywords == {"low": -2.5, "high": 2.5}
-    assert BSS(digit_net(), digit_net(), epochs=4).attack is bss_attack
+    assert limits(net) == pytest.approx((0.25, 0.75))
+    assert limits(nn.Sequential(nn.Flatten(), nn.Linear(4, 10))) == (-2.5, 2.5)
+    assert BSS(digit_net(), digit_net(), epochs=4).attack is globals()["bss_attack"]
 
 
-@pytest.mark.parametrize(("variant", "kept"), [("paper", True), ("official", False)])
-def test_momentum_at_a_drop_of_the_rate(variant, kept, digits, teacher):
-    drop = partial(torch.optim.lr_scheduler.StepLR, step_size=1)
+@pytest.mark.parametrize(
+    ("variant", "every", "kept"), [("paper", 1, True), ("official", 1, False), ("official", 2, True)]
+)
+def test_momentum_at_a_drop_of_the_rate(variant, every, kept, digits, teacher):
+    drop = partial(torch.optim.lr_scheduler.StepLR, step_size=every)
     method = BSS(digit_net(seed=1), teacher, epochs=4, variant=variant, schedule=drop)
     method.step(digits.train.floats(slice(0, 32)), digits.train.y[:32])
     assert method.optimizer.state
@@ -487,6 +581,11 @@ def test_similarity_identities(c):
     assert (mag_sim(a, b) <= 1).all() and (ang_sim(a, b).abs() <= 1).all()
 
 
+def test_angles_stay_in_range():
+    a = torch.randn(2000, 50, generator=stream(0))
+    assert ang_sim(a, a).max() <= 1 and ang_sim(a, -a).min() >= -1 and ang_sim(1e-25 * a, a).abs().max() <= 1
+
+
 def test_similarity_of_nothing_is_no_nan():
     a, zero = shifts(), torch.zeros_like(shifts())
     assert mag_sim(a, zero).equal(torch.zeros(6).double()) and ang_sim(a, zero).equal(torch.zeros(6).double())
@@ -550,14 +649,19 @@ Z = torch.zeros(2, 3)
     [
         (lambda: bss_attack(NET, X, B, torch.tensor([1, 1])), "target must differ from base, row 1 does not"),
         (lambda: bss_attack(NET, X, B, K[:1]), r"base and target must have shape \(2,\).*\(2,\) and \(1,\)"),
-        (lambda: bss_attack(NET, X, B, K, eta=0.0), "eta must be > 0, got 0.0"),
-        (lambda: bss_attack(NET, X, B, K, eta=math.nan), "eta must be > 0, got nan"),
-        (lambda: bss_attack(NET, X, B, K, eps=-1.0), "eps must be >= 0, got -1.0"),
-        (lambda: bss_attack(NET, X, B, K, steps=0), "steps must be a whole number >= 1, got 0"),
-        (lambda: bss_attack(NET, X, B, K, steps=2.5), "steps must be a whole number >= 1, got 2.5"),
+        (lambda: bss_attack(NET, X, B, K, eta=0.0), "eta must be > 0 and eps >= 0, got 0.0 and 0.0001"),
+        (lambda: bss_attack(NET, X, B, K, eta=math.nan), "eta must be > 0 and eps >= 0, got nan"),
+        (lambda: bss_attack(NET, X, B, K, eps=-1.0), "eta must be > 0 and eps >= 0, got 0.3 and -1.0"),
+        (lambda: bss_attack(NET, X, B, K, steps=0), "steps must be an int >= 1, got 0"),
+        (lambda: bss_attack(NET, X, B, K, steps=2.5), "steps must be an int >= 1, got 2.5"),
         (lambda: bss_attack(NET, X, B, K, rule="deepfool"), "rule must be paper or boundary, got 'deepfool'"),
         (lambda: bss_attack(NET, X, B, K + 1), r"target must lie in \[0, 3\), got 2 to 3"),
-        (lambda: bss_attack(nn.Flatten(0), X, B, K), r"must return \(2, K\) logits, got \(10,\)"),
+        (lambda: bss_attack(nn.Flatten(0), X, B, K), r"logits must be \(2, K\) with K >= 2, got \(10,\)"),
+        (lambda: bss_attack(NET, X.long(), B, K), "x must hold finite floats, got torch.int64"),
+        (lambda: bss_attack(NET, X * math.nan, B, K), "x must hold finite floats, got torch.float64"),
+        (lambda: sample_target(Z[:, :1], torch.zeros(2).long()), r"logits must be \(2, K\) with K >= 2"),
+        (lambda: bss_loss(Z, Z, math.nan), "temperature must be > 0, got nan"),
+        (lambda: find_boundary(NET, X, B[:1]), r"base must hold one class an image, got \(1,\) and \(2,\)"),
         (lambda: select_base(Z, Z, B, 0), "limit must be >= 1, got 0"),
         (lambda: select_base(Z, Z, B, how="best"), "how must be gap or random, got 'best'"),
         (lambda: select_base(Z, torch.zeros(2, 4), B), r"logits must be \(B, K\) alike, got"),

@@ -427,3 +427,28 @@ def test_bad_input_is_one_line(wrong, words):
     with pytest.raises(ValueError, match=words) as error:
         wrong()
     assert "\n" not in str(error.value)
+
+
+def test_attention_of_a_faint_or_a_strong_map():
+    maps = torch.rand(3, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    for power in (2.0, 4.0):
+        wanted = attention_map(maps, power)
+        for scale in (1e-12, 1e5, 1e12):
+            found = attention_map(scale * maps, power)
+            assert torch.allclose(found, wanted, atol=1e-5) and torch.allclose(
+                found.norm(dim=1), torch.ones(3)
+            )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda flat, maps: attention_map(flat),
+        lambda flat, maps: hint_regressor(flat, maps),
+        lambda flat, maps: fsp_matrix(maps, flat),
+        lambda flat, maps: fsp_matrix(maps[0], maps),
+    ],
+)
+def test_what_is_no_map_is_named(wrong):
+    with pytest.raises(ValueError, match=r"maps must be \(B, D, H, W\), got shape"):
+        wrong(torch.rand(2, 3), torch.rand(2, 3, 4, 4))
