@@ -61,7 +61,7 @@ def test_results_are_the_recorded_ones():
         assert any(wanted in line for line in shown), wanted
 
 
-@pytest.mark.parametrize("name", ["22_ard", "24_tfkd"])
+@pytest.mark.parametrize("name", ["20_bss", "22_ard", "24_tfkd"])
 def test_grids_are_the_recorded_ones(name):
     "Each row of a grid in README holds the numbers of the recorded row."
     text = str(results_table(name))
