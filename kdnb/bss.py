@@ -6,7 +6,7 @@
 __all__ = ['Samples', 'bss_attack', 'select_base', 'sample_target', 'bss_loss', 'bss_weights', 'BSS', 'mag_sim', 'ang_sim',
            'Boundary', 'find_boundary', 'boundary_similarity']
 
-# %% ../nbs/20_bss.ipynb #6f66b620
+# %% ../nbs/20_bss.ipynb #d365d7df
 import math
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attacks import attack_name, frozen
+from .kd import kd_loss
 from .models import Normalize, fold_batchnorm
 from .training import sgd
 
@@ -29,7 +30,7 @@ class Samples(NamedTuple):
     iterations: Tensor   # (B,) int64: steps it took
     logits: Tensor       # (B, K): the model's answer to x
 
-# %% ../nbs/20_bss.ipynb #aa33d27c
+# %% ../nbs/20_bss.ipynb #46109c94
 def bss_attack(
     model: nn.Module,            # (B, C, H, W) -> (B, K) raw scores; asked in eval mode, left as found
     x: Tensor,                   # (B, C, H, W) float in [low, high]
@@ -45,9 +46,10 @@ def bss_attack(
     high: Tensor | float = 1.0,  # () or (1, C, 1, 1)
 ) -> Samples:
     "Boundary supporting samples: down L = f_base - f_target until x leaves its class (Heo et al. 2019)."
-    eta, unit = _check_walk(x, base, target, rule, eta, eps, steps), _unit_of(model) if unit is None else unit
+    eta = _check_walk(x, base, target, rule, eta, eps, steps)
+    unit = _mean_and_std(model)[1] if unit is None else unit
     with frozen(model), torch.no_grad():
-        height, slope, logits = _height(model, x, base, target)
+        height, slope, logits = _height(model, x, base, target, checked=False)
         moving = (logits.argmax(1) == base).nonzero()[:, 0]
         x_adv, iterations, height, slope = x.clone(), torch.zeros_like(base), height[moving], slope[moving]
         left = 1.0      # share of the walks that ended in the last step
@@ -65,24 +67,27 @@ def bss_attack(
             elif len(moving): height, slope, _ = _height(model, x_adv[moving], base[moving], target[moving])
     return Samples(x_adv, (logits.argmax(1) == target) & (iterations > 0), iterations, logits)
 
-# %% ../nbs/20_bss.ipynb #3f06d2fc
-def _alike(a, b, rule):
-    if a.shape != b.shape: raise ValueError(f"{rule}, got {tuple(a.shape)} and {tuple(b.shape)}")
+# %% ../nbs/20_bss.ipynb #266ca194
+def _alike(shape, other, rule):
+    if shape != other: raise ValueError(f"{rule}, got {tuple(shape)} and {tuple(other)}")
+
+def _gap(logits, base, target):  # L, (B,)
+    return (logits.gather(1, base[:, None]) - logits.gather(1, target[:, None]))[:, 0]
 
 def _full(logits): return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
-# %% ../nbs/20_bss.ipynb #03b494f6
-def _unit_of(model):
-    return next((m.std for m in model.modules() if isinstance(m, Normalize)), 1.0)
+# %% ../nbs/20_bss.ipynb #d4ab582a
+def _mean_and_std(model):
+    return next(((m.mean, m.std) for m in model.modules() if isinstance(m, Normalize)), (0.0, 1.0))
 
-# %% ../nbs/20_bss.ipynb #79962e62
-def _height(model, x, base, target):
+# %% ../nbs/20_bss.ipynb #5b12ca34
+def _height(model, x, base, target, checked=True):
     "L (B,), its gradient (B, C, H, W), and the logits (B, K)."
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         logits = _full(model(x))
-        _check_classes(logits, base, target)
-        height = (logits.gather(1, base[:, None]) - logits.gather(1, target[:, None]))[:, 0]
+        if not checked: _check_classes(logits, base, target)
+        height = _gap(logits, base, target)
         (slope,) = torch.autograd.grad(height.sum(), x)
     return height.detach(), slope, logits.detach()
 
@@ -94,7 +99,7 @@ def _move(x, slope, size, rule, unit, low, high):
     size = size / length**(2 if rule == "boundary" else 1)
     return (x - unit * slope * size.view(-1, *[1] * (x.ndim - 1))).clamp_(min=low).clamp_(max=high)
 
-# %% ../nbs/20_bss.ipynb #e1f91fd3
+# %% ../nbs/20_bss.ipynb #927995f3
 def _check_walk(x, base, target, rule, eta, eps, steps):
     usual = {"paper": 0.3, "boundary": 1.02}
     if rule not in usual: raise ValueError(f"rule must be paper or boundary, got {rule!r}")
@@ -104,9 +109,7 @@ def _check_walk(x, base, target, rule, eta, eps, steps):
     if type(steps) is not int or steps < 1: raise ValueError(f"steps must be an int >= 1, got {steps}")
     if not x.is_floating_point() or not bool(x.isfinite().all()):
         raise ValueError(f"x must hold finite floats, got {x.dtype}")
-    if base.shape != x.shape[:1] or target.shape != x.shape[:1]:
-        shapes = f"{tuple(base.shape)} and {tuple(target.shape)}"
-        raise ValueError(f"base and target must have shape ({len(x)},), as many as images, got {shapes}")
+    for labels in (base, target): _alike(labels.shape, x.shape[:1], "base and target must be (B,), B images")
     if bool((base == target).any()):
         raise ValueError(f"target must differ from base, row {int((base == target).nonzero()[0])} does not")
     return eta
@@ -120,7 +123,7 @@ def _check_classes(logits, base, target):
             rule = f"{name} must lie in [0, {logits.shape[1]})"
             raise ValueError(f"{rule}, got {labels.min()} to {labels.max()}")
 
-# %% ../nbs/20_bss.ipynb #236fecf2
+# %% ../nbs/20_bss.ipynb #8dd3fcae
 def select_base(
     student_logits: Tensor,   # (B, K) raw scores
     teacher_logits: Tensor,   # (B, K) raw scores
@@ -131,8 +134,8 @@ def select_base(
     "Images to start from: both networks are right on them (Heo et al. 2019)."
     if how not in ("gap", "random"): raise ValueError(f"how must be gap or random, got {how!r}")
     if limit < 1: raise ValueError(f"limit must be >= 1, got {limit}")
-    _alike(student_logits, teacher_logits, "logits must be (B, K) alike")
-    _alike(student_logits[:, 0], y, "y must hold one label a row")
+    _alike(student_logits.shape, teacher_logits.shape, "logits must be (B, K) alike")
+    _alike(y.shape, student_logits.shape[:1], "y must hold one label a row")
     rows = ((student_logits.argmax(1) == y) & (teacher_logits.argmax(1) == y)).nonzero()[:, 0]
     if len(rows) <= limit: return rows
     if how == "random": return rows[torch.randperm(len(rows))[:limit].to(rows.device)]
@@ -156,7 +159,7 @@ def sample_target(
     if how == "uniform": others = others.where(others.isinf(), 0)
     return torch.multinomial(others.softmax(1), 1, generator=generator)[:, 0]
 
-# %% ../nbs/20_bss.ipynb #0ed4ef85
+# %% ../nbs/20_bss.ipynb #2bf097d3
 def bss_loss(
     student_logits: Tensor,     # (B, K) raw scores; gradient flows here
     teacher_logits: Tensor,     # (B, K) raw scores on the same images; no hidden detach
@@ -166,12 +169,11 @@ def bss_loss(
     "Cross-entropy of softened answers, on clean images and on samples alike (Heo et al. 2019)."
     if not 0 < temperature < math.inf: raise ValueError(f"temperature must be > 0, got {temperature}")
     if form not in ("ce", "kl"): raise ValueError(f"form must be ce or kl, got {form!r}")
-    _alike(student_logits, teacher_logits, "student and teacher logits must have the same shape (B, K)")
+    _alike(student_logits.shape, teacher_logits.shape, "logits must have the same shape (B, K)")
     if not len(student_logits): return student_logits.sum() * 0
-    log_student = (_full(student_logits) / temperature).log_softmax(1)
-    soft = (_full(teacher_logits) / temperature).softmax(1)
-    if form == "ce": return -(soft * log_student).sum(1).mean()
-    return F.kl_div(log_student, soft, reduction="batchmean")
+    student_logits, teacher_logits = _full(student_logits), _full(teacher_logits)
+    if form == "kl": return kd_loss(student_logits, teacher_logits, temperature) / temperature**2
+    return F.cross_entropy(student_logits / temperature, (teacher_logits / temperature).softmax(1))
 
 # %% ../nbs/20_bss.ipynb #8c3abe82
 def bss_weights(
@@ -182,7 +184,7 @@ def bss_weights(
     if not 1 <= epoch <= epochs: raise ValueError(f"epoch must lie in [1, {epochs}], got {epoch}")
     return 3 * (1 - epoch / epochs) + 1, 2 * max(1 - 4 / 3 * epoch / epochs, 0.0)
 
-# %% ../nbs/20_bss.ipynb #9b4d43b3
+# %% ../nbs/20_bss.ipynb #d909fc22
 class BSS:
     "Train `student` on labels and a teacher's answers, to images and at its boundary (Heo et al. 2019)."
 
@@ -203,7 +205,7 @@ class BSS:
     ):
         _check_bss(variant, attack_size, base, target, temperature, form)
         self.variant, self.attack_size, self.base, self.target = variant, attack_size, base, target
-        self.epochs, (self.alpha, self.beta) = epochs, bss_weights(1, epochs)
+        self.epochs, self.weights = epochs, bss_weights(1, epochs)      # alpha and beta of this epoch
         self.temperature, self.form, self.student = temperature, form, student.train()
         teacher = teacher.eval().requires_grad_(False)
         self.teacher = fold_batchnorm(teacher) if fold else teacher
@@ -214,7 +216,7 @@ class BSS:
 
     def start_epoch(self, epoch: int) -> None:
         "The weights of this epoch, counted from 0."
-        self.alpha, self.beta = bss_weights(epoch + 1, max(self.epochs, epoch + 1))
+        self.weights = bss_weights(epoch + 1, max(self.epochs, epoch + 1))
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         "One update on x (B, C, H, W) in [0, 1], y (B,): hard + alpha soft + beta boundary."
@@ -227,7 +229,7 @@ class BSS:
         dropped = self.optimizer.param_groups[0]["lr"] < before
         if self.variant == "official" and dropped: self.optimizer.state.clear()
 
-# %% ../nbs/20_bss.ipynb #4ccf89b7
+# %% ../nbs/20_bss.ipynb #88ebfd27
 def _bss_step(method, x, y):
     loss_of = partial(bss_loss, temperature=method.temperature, form=method.form)
     with torch.no_grad(): teacher_logits = _full(method.teacher(x))
@@ -238,15 +240,15 @@ def _bss_step(method, x, y):
         kept = samples.success if method.variant == "paper" else slice(None)
         landed = samples.success.float().mean()
         if len(samples.x[kept]) > 1: boundary = loss_of(method.student(samples.x[kept]), samples.logits[kept])
-    loss = hard + method.alpha * soft + method.beta * boundary
+    loss = hard + method.weights[0] * soft + method.weights[1] * boundary
     loss.backward()
     method.optimizer.step(); method.optimizer.zero_grad()
     found = {"loss": loss, "hard": hard, "soft": soft, "boundary": boundary, "landed": landed}
     return {name: value.detach() for name, value in found.items()}
 
-# %% ../nbs/20_bss.ipynb #232c35df
+# %% ../nbs/20_bss.ipynb #ffbf65f7
 def _samples(method, x, y, logits, teacher_logits):
-    if not method.attack or not method.beta: return None
+    if not method.attack or not method.weights[1]: return None
     rows = select_base(logits, teacher_logits, y, method.attack_size, method.base)
     if not len(rows): return None
     target = sample_target(teacher_logits[rows], y[rows], method.target)
@@ -261,30 +263,29 @@ def _check_bss(variant, attack_size, base, target, temperature, form):
     sample_target(one, zero, target, torch.Generator())
     bss_loss(one, one, temperature, form)
 
-# %% ../nbs/20_bss.ipynb #837cd5c5
+# %% ../nbs/20_bss.ipynb #e919fbab
 def _official(attack, model, *walk):  # pixels cut where the official code cuts, not where colours end
-    norm = next((m for m in model.modules() if isinstance(m, Normalize)), None)
-    mean, std = (norm.mean, norm.std) if norm else (0.0, 1.0)
+    mean, std = _mean_and_std(model)
     return attack(model, *walk, low=mean - 2.5 * std, high=mean + 2.5 * std)
 
-# %% ../nbs/20_bss.ipynb #faefa05b
+# %% ../nbs/20_bss.ipynb #09960090
 def mag_sim(
     shift: Tensor,         # (N, ...): perturbations that take N images to a boundary of one network
     other_shift: Tensor,   # (N, ...): the same of another network
 ) -> Tensor:               # (N,) in [0, 1]; two zeros are alike (1)
     "How like the distances to two boundaries are: the smaller by the larger (Heo et al. 2019)."
-    _alike(shift, other_shift, "perturbations must be (N, ...) of the same shape")
+    _alike(shift.shape, other_shift.shape, "perturbations must be (N, ...) of the same shape")
     a, b = shift.flatten(1).norm(dim=1), other_shift.flatten(1).norm(dim=1)
     large = torch.maximum(a, b)
     return torch.where(large > 0, torch.minimum(a, b) / large.clamp_min(torch.finfo(a.dtype).tiny), 1)
 
-# %% ../nbs/20_bss.ipynb #b1603d73
+# %% ../nbs/20_bss.ipynb #8010c3df
 def ang_sim(
     shift: Tensor,         # (N, ...): see `mag_sim`
     other_shift: Tensor,   # (N, ...)
 ) -> Tensor:               # (N,) in [-1, 1]; 0 where either is zero
     "How like the directions to two boundaries are: the cosine (Heo et al. 2019)."
-    _alike(shift, other_shift, "perturbations must be (N, ...) of the same shape")
+    _alike(shift.shape, other_shift.shape, "perturbations must be (N, ...) of the same shape")
     return F.cosine_similarity(shift.flatten(1), other_shift.flatten(1), eps=1e-20).clamp(-1, 1)
 
 # %% ../nbs/20_bss.ipynb #b874b82a
@@ -294,7 +295,7 @@ class Boundary(NamedTuple):
     shift: Tensor     # (N, K, C, H, W): image plus shift is at the boundary with class k, where success
     success: Tensor   # (N, K) bool: whether the walk arrived; never for the image's own class
 
-# %% ../nbs/20_bss.ipynb #5be6078d
+# %% ../nbs/20_bss.ipynb #4981798a
 def find_boundary(
     model: nn.Module,          # (B, C, H, W) -> (B, K) raw scores; left as found
     x: Tensor,                 # (N, C, H, W) in [0, 1]
@@ -304,7 +305,7 @@ def find_boundary(
 ) -> Boundary:
     "Walk every image to its boundary with every other class."
     if not len(x): raise ValueError("there are no images to start from")
-    _alike(base, x.flatten(1)[:, 0], "base must hold one class an image")
+    _alike(base.shape, x.shape[:1], "base must hold one class an image")
     with frozen(model), torch.no_grad(): K = model(x[:1]).shape[1]
     rows, targets = (base[:, None] != torch.arange(K, device=x.device)).nonzero().T
     shifts = x.new_zeros(len(x), K, *x.shape[1:])
@@ -314,13 +315,13 @@ def find_boundary(
         found.shift[n, k], found.success[n, k] = samples.x - x[n], samples.success
     return found
 
-# %% ../nbs/20_bss.ipynb #6f049439
+# %% ../nbs/20_bss.ipynb #ee48a518
 def boundary_similarity(
     first: Boundary,    # of one network, by `find_boundary`
     second: Boundary,   # of another one, from the same images
 ) -> dict[str, float]:  # mag_sim, ang_sim: means over ways that both found; ways: their share of N (K - 1)
     "How like two networks' boundaries are, in distance and in direction (Heo et al. 2019)."
-    _alike(first.success, second.success, "boundaries must be of the same images and classes (N, K)")
+    _alike(first.success.shape, second.success.shape, "boundaries must be of the same (N, K)")
     both = first.success & second.success
     if not bool(both.any()): raise ValueError("no image has a way to the same boundary in both networks")
     ours, theirs = first.shift[both], second.shift[both]

@@ -203,15 +203,15 @@ def _check_feature_kd(beta, soft, alpha, pretrain_epochs):
     if pretrain_epochs < 0: raise ValueError(f"pretrain_epochs must be >= 0, got {pretrain_epochs}")
     if pretrain_epochs and not beta: raise ValueError("pretrain_epochs needs beta > 0")
 
-# %% ../nbs/11_features.ipynb #e07e0197
+# %% ../nbs/11_features.ipynb #729323c9
 class _Hint(nn.Module):
-    def __init__(self, regressor, guided, hint):
+    def __init__(self, regressor, layer):
         super().__init__()
-        self.regressor, self.guided, self.hint = regressor, guided, hint
+        self.regressor, self.layer = regressor, layer
 
-    def forward(self, ours, theirs): return hint_loss(ours[self.guided], theirs[self.hint], self.regressor)
+    def forward(self, ours, theirs): return hint_loss(ours[self.layer], theirs[self.layer], self.regressor)
 
-# %% ../nbs/11_features.ipynb #7a7916b4
+# %% ../nbs/11_features.ipynb #197c7be5
 class FitNet(FeatureKD):
     "Train `student` to foretell a middle layer of the teacher (Romero et al. 2015, alg. 1)."
 
@@ -228,7 +228,7 @@ class FitNet(FeatureKD):
     ):
         with frozen(student), frozen(teacher), torch.no_grad():
             ours, theirs = (features(net, example, layer)[1][layer] for net in (student, teacher))
-        transfer = _Hint(hint_regressor(ours, theirs, seed), layer, layer)
+        transfer = _Hint(hint_regressor(ours, theirs, seed), layer)
         super().__init__(student, teacher, transfer, beta=beta, layers=[layer], **recipe)
 
 # %% ../nbs/11_features.ipynb #1d26645f
