@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attacks import frozen
-from .models import features
+from .models import features, seeded
 from .training import sgd
 
 # %% ../nbs/11_features.ipynb #b11bed32
@@ -58,8 +58,7 @@ def hint_regressor(
     if h > height or w > width:
         raise ValueError(f"a regressor cannot enlarge a map, got {height} x {width} to {h} x {w}")
     kernel = (height - h + 1, width - w + 1)
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None: torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         made = nn.Conv2d(student_map.shape[1], teacher_map.shape[1], kernel)
     return made.to(student_map.device)
 

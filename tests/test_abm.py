@@ -1,0 +1,658 @@
+"`kdnb.abm`: the generator's build, whose gradient goes where, what is drawn when, curves in closed form, bad input."
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from kdnb.abm import (
+    ABM,
+    CollapseAlarm,
+    Generator,
+    abm_student_loss,
+    generator_loss,
+    mean_transition_error,
+    transition_curves,
+)
+from kdnb.features import attention_loss
+from kdnb.models import create_model, features, num_params
+from kdnb.training import fit
+
+SHAPE = dict(num_classes=4, in_channels=1, image_size=8)
+
+
+def stream(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def pair(student="resnet8", teacher="resnet8"):
+    nets = [create_model(name, **SHAPE, seed=i) for i, name in enumerate((student, teacher))]
+    with torch.no_grad():
+        for m in nets[1].modules():  # a teacher whose statistics are not those of a newborn
+            if isinstance(m, nn.BatchNorm2d):
+                m.running_mean.uniform_(-0.2, 0.2, generator=stream(7))
+                m.running_var.uniform_(0.7, 1.3, generator=stream(8))
+    return nets
+
+
+def method(student="resnet8", teacher="resnet8", **choices):
+    student, teacher = pair(student, teacher)
+    usual = dict(steps=10, batch_size=8, student_steps=3)
+    return ABM(student, teacher, Generator(5, 1, 8, seed=3), **usual | choices)
+
+
+def state(module):
+    return {k: v.clone() for k, v in module.state_dict().items()}
+
+
+def moved(before, module):
+    return {k for k, v in module.state_dict().items() if not torch.equal(v, before[k])}
+
+
+# ---------------------------------------------------------------- the generator
+
+
+def test_generator_has_the_published_number_of_parameters():
+    assert num_params(Generator()) == 1_051_145
+
+
+@pytest.mark.parametrize(("channels", "size"), [(3, 32), (1, 28), (1, 8), (3, 16)])
+def test_generator_gives_standardised_images_of_the_wanted_shape(channels, size):
+    z = torch.randn(64, 100, generator=stream(0))
+    x = Generator(100, channels, size, seed=0)(z)
+    assert x.shape == (64, channels, size, size)
+    std, mean = torch.std_mean(x, (0, 2, 3))
+    assert mean.abs().max() < 1e-3
+    assert (std - 1).abs().max() < 1e-2
+
+
+def test_generator_undoes_the_networks_normalisation():
+    plain, ours = Generator(seed=0), Generator(mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7], seed=0)
+    z = torch.randn(16, 100, generator=stream(0))
+    net = create_model("resnet8", mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7])
+    torch.testing.assert_close(net.normalize(ours(z)), plain(z), rtol=1e-5, atol=1e-5)
+
+
+def test_generator_seed_is_its_own():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    a, b, c = (Generator(5, 1, 8, seed=s) for s in (1, 1, 2))
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(a.linear.weight, b.linear.weight) and not torch.equal(a.linear.weight, c.linear.weight)
+
+
+@pytest.mark.parametrize("size", [0, 2, 30])
+def test_generator_refuses_sizes_it_cannot_reach(size):
+    with pytest.raises(ValueError, match=f"multiple of 4.*{size}"):
+        Generator(image_size=size)
+
+
+def test_generator_refuses_no_noise():
+    with pytest.raises(ValueError, match="z_size"):
+        Generator(0)
+
+
+# ---------------------------------------------------------------- losses
+
+
+def test_kl_is_of_the_teacher_to_the_student():
+    half, most = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log()
+    assert abs_close(abm_student_loss(most, half, beta=0), 0.5108)
+    assert abs_close(abm_student_loss(half, most, beta=0), 0.3681)
+    assert abs_close(generator_loss(most, half), -0.5108)
+
+
+def abs_close(value, wanted):
+    return abs(value.item() - wanted) < 1e-4
+
+
+@given(st.integers(0, 1000))
+def test_losses_against_probabilities_written_out(seed):
+    student, teacher = torch.randn(2, 6, 5, dtype=torch.float64, generator=stream(seed)) * 3
+    t, s = teacher.softmax(1), student.softmax(1)
+    kl = (t * (t / s).log()).sum(1).mean()
+    torch.testing.assert_close(generator_loss(student, teacher), -kl)
+    torch.testing.assert_close(generator_loss(student, teacher, "mean"), -kl / 5)
+    assert kl > 0
+    torch.testing.assert_close(generator_loss(student + 3, student), kl * 0)
+
+
+def test_student_loss_is_kl_plus_beta_attention():
+    logits = torch.randn(2, 6, 5, generator=stream(0))
+    maps = [[torch.randn(6, d, 4, 4, generator=stream(d + i)) for d in (3, 5)] for i in (0, 1)]
+    for form in ("norm", "mean_square"):
+        wanted = abm_student_loss(*logits, beta=0) + 7 * attention_loss(*maps, form)
+        torch.testing.assert_close(abm_student_loss(*logits, *maps, beta=7, form=form), wanted)
+
+
+def test_attention_forms_are_what_the_papers_equation_and_the_code_say():
+    ours, theirs = (torch.randn(6, d, 4, 4, generator=stream(d)) for d in (3, 5))
+    f, g = (F.normalize(m.square().mean(1).flatten(1), dim=1) for m in (ours, theirs))
+    zero = torch.zeros(6, 2)
+    paper = abm_student_loss(zero, zero, [ours], [theirs], 1.0)
+    code = abm_student_loss(zero, zero, [ours], [theirs], 1.0, form="mean_square")
+    torch.testing.assert_close(paper, (f - g).norm(dim=1).mean())
+    torch.testing.assert_close(code, (f - g).square().sum(1).mean() / 16)
+    assert abm_student_loss(zero, zero, [ours], [-3 * ours[:, [2, 0, 1]]], 1.0) < 1e-6
+
+
+def test_the_generators_gradient_goes_through_both_networks():
+    student, teacher = (torch.randn(4, 3, generator=stream(i), requires_grad=True) for i in (0, 1))
+    generator_loss(student, teacher).backward()
+    assert student.grad.abs().sum() > 0 and teacher.grad.abs().sum() > 0
+
+
+# ---------------------------------------------------------------- who moves, when
+
+
+def test_who_moves_in_which_step():
+    abm, seen = method(student_steps=1), {}
+
+    def look(when):
+        seen[when] = {n: state(getattr(abm, n)) for n in ("student", "teacher", "generator")}
+
+    abm.generator_optimizer.register_step_post_hook(lambda *_: look("between"))
+    look("before")
+    abm.step()
+    look("after")
+
+    def moved_weights(net, start, end):
+        names = [k for k, _ in getattr(abm, net).named_parameters()]
+        return {k for k in names if not torch.equal(seen[start][net][k], seen[end][net][k])}, set(names)
+
+    for net, start, end in (("student", "before", "between"), ("generator", "between", "after")):
+        assert not moved_weights(net, start, end)[0]
+    for net, start, end in (("generator", "before", "between"), ("student", "between", "after")):
+        some, every = moved_weights(net, start, end)
+        # a bias in front of batch norm has rounding errors for a gradient: it may stand still
+        assert len(some) >= len(every) - 3
+    assert all(torch.equal(v, seen["after"]["teacher"][k]) for k, v in seen["before"]["teacher"].items())
+
+
+def test_without_generator_steps_the_generator_stands_still():
+    abm = method(generator_steps=0)
+    before = state(abm.generator)
+    found = abm.step()
+    assert not moved(before, abm.generator) & {k for k, _ in abm.generator.named_parameters()}
+    assert "generator" not in found and found["loss"] > 0
+
+
+def test_nobody_keeps_a_gradient_and_the_teacher_never_has_one():
+    abm = method()
+    abm.step()
+    for net in (abm.student, abm.teacher, abm.generator):
+        assert all(p.grad is None for p in net.parameters())
+    assert not any(p.requires_grad for p in abm.teacher.parameters())
+    assert all(p.requires_grad for p in abm.student.parameters())
+
+
+def test_modes_and_the_students_batch_counts():
+    abm = method(student_steps=4, generator_steps=2)
+    for _ in range(3):
+        abm.step()
+    assert abm.student.training and abm.generator.training and not abm.teacher.training
+    counts = [m.num_batches_tracked.item() for m in abm.student.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert set(counts) == {3 * (4 + 2)}  # the generator's steps count too, as in the official code
+
+
+@pytest.mark.parametrize("variant", ["paper", "official"])
+def test_one_iteration_is_the_algorithm_written_out(variant):
+    "Against the paper's loop: everything generated, answered and differentiated anew in each step."
+    abm = method(variant=variant, fold=False, beta=3.0)
+    student, teacher, generator = (copy.deepcopy(m) for m in (abm.student, abm.teacher, abm.generator))
+    official = variant == "official"
+    chosen = dict(reduction="mean", form="mean_square") if official else dict(reduction="batchmean", form="norm")
+    ours = torch.optim.Adam(student.parameters(), 2e-3)
+    theirs = torch.optim.Adam(generator.parameters(), 1e-3 if official else 2e-3)
+    torch.manual_seed(5)
+    z = torch.randn(8, 5)
+    torch.manual_seed(5)
+    found = abm.step()
+
+    x = generator(z)
+    loss = generator_loss(student(x), teacher(x), chosen["reduction"])
+    theirs.zero_grad()
+    loss.backward()
+    if official:
+        nn.utils.clip_grad_norm_(generator.parameters(), 5)
+    theirs.step()
+    torch.testing.assert_close(found["generator"], loss.detach())
+    losses = []
+    for _ in range(3):
+        x = generator(z)
+        (logits, maps), (answers, their_maps) = features(student, x), features(teacher, x)
+        loss = abm_student_loss(logits, answers, maps, their_maps, 3.0, **chosen)
+        ours.zero_grad()
+        loss.backward()
+        if official:
+            nn.utils.clip_grad_norm_(student.parameters(), 5)
+        ours.step()
+        losses.append(loss.detach())
+    torch.testing.assert_close(found["loss"], torch.stack(losses).mean(), rtol=1e-4, atol=1e-6)
+    for net, wanted in ((abm.student, student), (abm.generator, generator)):
+        for (name, p), q in zip(net.named_parameters(), wanted.parameters(), strict=True):
+            if "bias" not in name:  # Adam makes whole steps of a bias's rounding errors in front of batch norm
+                torch.testing.assert_close(p, q, rtol=1e-3, atol=2e-4, msg=name)
+
+
+def test_folding_the_teacher_changes_nothing_but_last_bits():
+    found = []
+    for fold in (True, False):
+        torch.manual_seed(0)
+        found.append(method(fold=fold).step())
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_small_steps_do_what_they_are_for():
+    student, teacher = (net.eval() for net in pair())
+    generator = Generator(5, 1, 8, seed=3).eval()
+    z = torch.randn(64, 5, generator=stream(1))
+
+    def kl():
+        with torch.no_grad():
+            x = generator(z)
+            return -generator_loss(student(x), teacher(x)).item()
+
+    def descend(net, loss):
+        net.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for p in net.parameters():
+                p -= 1e-3 * p.grad
+
+    before = kl()
+    x = generator(z)
+    descend(generator, generator_loss(student(x), teacher(x)))
+    after = kl()
+    assert after > before
+    x = generator(z).detach()
+    descend(student, abm_student_loss(student(x), teacher(x).detach(), beta=0))
+    assert kl() < after
+
+
+# ---------------------------------------------------------------- rates, noise, switches
+
+
+@pytest.mark.parametrize(("variant", "rates"), [("paper", (2e-3, 2e-3)), ("official", (2e-3, 1e-3))])
+def test_both_rates_follow_half_a_cosine(variant, rates):
+    abm = method(variant=variant, steps=6, student_steps=1)
+    for k in range(7):
+        for optimizer, rate in zip((abm.optimizer, abm.generator_optimizer), rates, strict=True):
+            wanted = rate * (1 + math.cos(math.pi * k / 6)) / 2
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(wanted, abs=1e-12)
+        abm.step()
+
+
+def test_updates_are_counted():
+    abm = method(student_steps=4, generator_steps=2)
+    for _ in range(3):
+        abm.step()
+    for optimizer, wanted in ((abm.optimizer, 12), (abm.generator_optimizer, 6)):
+        assert {int(s["step"]) for s in optimizer.state.values()} == {wanted}
+
+
+@pytest.mark.parametrize(("fresh", "draws"), [(False, 1), (True, 3)])
+def test_noise_is_drawn_as_documented(fresh, draws):
+    abm = method(fresh=fresh)
+    seen = []
+    abm.generator.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].clone()))
+    torch.manual_seed(9)
+    abm.step()
+    left = torch.get_rng_state()
+    torch.manual_seed(9)
+    wanted = [torch.randn(8, 5) for _ in range(draws)]
+    assert torch.equal(left, torch.get_rng_state())
+    # the generator's step and the first student step share their noise
+    expected = [wanted[0], *wanted] if fresh else [wanted[0]] * 2
+    assert len(seen) == len(expected)
+    for z, w in zip(seen, expected, strict=True):
+        assert torch.equal(z, w)
+
+
+def test_clipping_bounds_the_whole_gradient():
+    lengths = []
+    abm = method(variant="official", clip=1e-4, steps=4)
+
+    def note(optimizer, *_):
+        grads = [p.grad for g in optimizer.param_groups for p in g["params"]]
+        lengths.append(torch.cat([g.flatten() for g in grads]).norm().item())
+
+    for optimizer in (abm.optimizer, abm.generator_optimizer):
+        optimizer.register_step_pre_hook(note)
+    abm.step()
+    assert len(lengths) == 4 and max(lengths) <= 1.01e-4 and min(lengths) > 0.5e-4
+
+
+def test_without_attention_any_two_networks_will_do():
+    abm = method("mlp_16", "resnet8", beta=0)
+    assert all(v.isfinite() for v in abm.step().values())
+    wide = method("resnet8", "wrn_10_1", beta=0)
+    assert all(v.isfinite() for v in wide.step().values())
+
+
+def test_named_layers_are_compared():
+    torch.manual_seed(0)
+    whole = method(beta=5.0).step()["loss"]
+    torch.manual_seed(0)
+    one = method(beta=5.0, layers=["stage1"]).step()["loss"]
+    assert one < whole
+
+
+# ---------------------------------------------------------------- fit: no data, stopped and resumed
+
+
+def test_resumed_to_the_same_bits(tmp_path):
+    def train(folder, **more):
+        abm = method(steps=8, fresh=True)
+        history = fit(abm, steps=8, epoch_steps=4, seed=1, progress="off", **more)
+        return abm, history
+
+    straight, history = train(tmp_path)
+    for stop in (3, 4, 7):
+        file = dict(checkpoint=tmp_path / f"{stop}.pt")
+        train(tmp_path, max_steps=stop, **file)
+        resumed, again = train(tmp_path, **file)
+        for part in ("student", "generator", "alarm"):
+            assert not moved(state(getattr(straight, part)), getattr(resumed, part)), (stop, part)
+        assert again["loss"] == history["loss"]
+    assert len(history) == 2
+
+
+def test_the_same_method_resumes_its_own_checkpoint(tmp_path):
+    abm = method(steps=8)
+    file = tmp_path / "one.pt"
+    fit(abm, steps=8, epoch_steps=4, max_steps=4, checkpoint=file, progress="off")
+    assert len(fit(abm, steps=8, epoch_steps=4, checkpoint=file, progress="off")) == 2
+
+
+@pytest.mark.parametrize("change", [dict(beta=1.0), dict(fresh=True), dict(variant="official"), dict(lr=1e-3)])
+def test_a_checkpoint_of_other_choices_is_refused(tmp_path, change):
+    file = tmp_path / "one.pt"
+    fit(method(), steps=10, max_steps=1, checkpoint=file, progress="off")
+    with pytest.raises(ValueError, match="another run"):
+        fit(method(**change), steps=10, checkpoint=file, progress="off")
+
+
+def test_bfloat16_and_history():
+    abm = method(steps=4)
+    history = fit(abm, steps=4, epoch_steps=2, precision="bf16", progress="off")
+    assert {"loss", "generator", "teacher_sure", "student_sure", "classes", "spread"} <= set(history.rows[-1])
+    assert all(0.25 <= v <= 1 for n in ("teacher_sure", "student_sure") for v in history[n])
+    assert all(1 <= v <= 4 for v in history["classes"])
+
+
+# ---------------------------------------------------------------- the alarm
+
+
+class Constant(nn.Module):
+    "The same image, whatever the noise."
+
+    z_size = 5
+
+    def __init__(self):
+        super().__init__()
+        self.image = nn.Parameter(torch.rand(1, 1, 8, 8, generator=stream(0)))
+
+    def forward(self, z):
+        return self.image.expand(len(z), -1, -1, -1) + 0 * z.sum()
+
+
+def test_the_alarm_stops_a_generator_of_one_image():
+    abm = ABM(*pair(), Constant(), steps=10, batch_size=8, student_steps=1)
+    with pytest.raises(RuntimeError, match="collapsed.*alarm=False"):
+        fit(abm, steps=10, epoch_steps=5, progress="off")
+    quiet = ABM(*pair(), Constant(), steps=10, batch_size=8, student_steps=1, alarm=False)
+    assert len(fit(quiet, steps=10, epoch_steps=5, progress="off")) == 2
+
+
+def answers(classes, K=4):
+    return 5 * F.one_hot(torch.as_tensor(classes), K).float()
+
+
+def test_the_alarm_knows_one_class_from_several():
+    x = torch.rand(4, 1, 8, 8, generator=stream(0))
+    silent, one, two = CollapseAlarm(4), CollapseAlarm(4), CollapseAlarm(4)
+    silent.check()  # nothing seen yet
+    found = two.add(x, answers([0, 0, 1, 1]))
+    assert found["classes"].item() == pytest.approx(2) and found["spread"].item() > 0.5
+    two.check()
+    found = one.add(x, answers([2] * 4))
+    assert found["classes"].item() == pytest.approx(1)
+    with pytest.raises(RuntimeError, match="1.0 of 4 classes"):
+        one.check()
+
+
+def test_the_alarm_looks_at_many_batches():
+    "One class a batch, but each time another one, is no collapse."
+    x = torch.rand(4, 1, 8, 8, generator=stream(0))
+    alarm = CollapseAlarm(4)
+    for k in range(40):
+        found = alarm.add(x, answers([k % 4] * 4))
+    assert found["classes"] > 3.9
+    for _ in range(400):  # and it forgets
+        found = alarm.add(x, answers([0] * 4))
+    with pytest.raises(RuntimeError, match="collapsed"):
+        alarm.check()
+
+
+def test_the_alarm_knows_copies_from_images():
+    x = torch.rand(4, 1, 8, 8, generator=stream(0))
+    alarm = CollapseAlarm(4)
+    assert alarm.add(x[:1].expand(4, -1, -1, -1), answers([0, 1, 2, 3]))["spread"] < 1e-3
+    with pytest.raises(RuntimeError, match="collapsed"):
+        alarm.check()
+
+
+# ---------------------------------------------------------------- transition curves
+
+
+def linear(classes=3, inputs=5, seed=0):
+    net = nn.Linear(inputs, classes).double()
+    with torch.no_grad():
+        net.weight.copy_(torch.randn(classes, inputs, generator=stream(seed), dtype=torch.float64))
+        net.bias.zero_()
+    return net
+
+
+def points(n=40, inputs=5, seed=2):
+    return torch.randn(n, inputs, generator=stream(seed), dtype=torch.float64)
+
+
+def agreeing():
+    "Two networks alike, but not the same."
+    student, _ = pair()
+    teacher = copy.deepcopy(student)
+    with torch.no_grad():
+        for p in teacher.parameters():
+            p.add_(torch.randn(p.shape, generator=stream(1)), alpha=0.02)
+    return student, teacher
+
+
+def one_at_a_time(model, other, x, steps, step_size, labels=None):
+    "The definition, image by image and class by class."
+    curves = []
+    for n, image in enumerate(x):
+        i = model(image[None]).argmax().item()
+        if other(image[None]).argmax().item() != i:
+            continue
+        left_out = i if labels is None else labels[n].item()
+        for j in range(model(image[None]).shape[1]):
+            if j == left_out:
+                continue
+            point = image[None].clone()
+            for _ in range(steps):
+                point = point.detach().requires_grad_()
+                probs = model(point).softmax(1)
+                curves.append((probs[0, j].item(), other(point).softmax(1)[0, j].item()))
+                F.nll_loss(probs.log(), torch.tensor([j])).backward()
+                point = point - step_size * point.grad
+    return torch.tensor(curves, dtype=torch.float64).view(-1, model(x[:1]).shape[1] - 1, steps, 2)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 500])
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_curves_equal_one_at_a_time(batch_size, with_labels):
+    model, other, x = linear(), linear(seed=1), points()
+    labels = torch.randint(3, (40,), generator=stream(4)) if with_labels else None
+    curves = transition_curves(model, other, x, labels, steps=6, step_size=0.3, batch_size=batch_size)
+    wanted = one_at_a_time(model, other, x, 6, 0.3, labels)
+    torch.testing.assert_close(curves.own, wanted[..., 0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(curves.other, wanted[..., 1], rtol=0, atol=1e-12)
+
+
+def test_curves_equal_one_at_a_time_on_networks():
+    model, other = (net.eval() for net in agreeing())
+    x = torch.rand(12, 1, 8, 8, generator=stream(5))
+    curves = transition_curves(model, other, x, steps=5, unit=1.0)
+    wanted = one_at_a_time(model, other, x, 5, 1.0).float()
+    torch.testing.assert_close(torch.stack([curves.own, curves.other], -1), wanted, rtol=0, atol=2e-5)
+
+
+def test_curves_begin_with_the_clean_answer_and_rise():
+    model, other, x = linear(), linear(seed=1), points()
+    curves = transition_curves(model, other, x, steps=20, step_size=0.01)
+    clean = model(x[curves.rows]).softmax(1).gather(1, curves.targets)
+    torch.testing.assert_close(curves.own[..., 0], clean)
+    torch.testing.assert_close(curves.other[..., 0], other(x[curves.rows]).softmax(1).gather(1, curves.targets))
+    assert (curves.own.diff(dim=-1) >= 0).all()
+    read = model(x).argmax(1)
+    assert torch.equal(curves.rows, (read == other(x).argmax(1)).nonzero()[:, 0])
+    assert (curves.targets != read[curves.rows, None]).all()
+    assert curves.own.shape == (len(curves.rows), 2, 20)
+
+
+def test_a_network_and_itself_do_not_differ():
+    model, x = linear(), points()
+    assert mean_transition_error(transition_curves(model, model, x, steps=5)) == 0
+    curves = transition_curves(model, linear(seed=1), x, steps=5)
+    assert 0 < mean_transition_error(curves) <= 1
+    wanted = (curves.own - curves.other).abs().mean().item()
+    assert mean_transition_error(curves) == pytest.approx(wanted)
+    assert curves.errors.shape == (len(curves.rows),)
+
+
+def test_the_error_depends_on_whose_gradient_is_followed():
+    a, b = linear(), linear(seed=1)
+    there, back = (mean_transition_error(transition_curves(*nets, points(), steps=9)) for nets in ((a, b), (b, a)))
+    assert there != back
+
+
+def test_steps_are_taken_in_the_networks_own_units():
+    "A network that normalises its images is led as the same network is led without, on normalised images."
+    std, mean = [0.25], [0.5]
+    inner = create_model("resnet8", **SHAPE, seed=0).eval()
+    outer = create_model("resnet8", **SHAPE, seed=0, mean=mean, std=std).eval()
+    x = torch.rand(6, 1, 8, 8, generator=stream(5))
+    a = transition_curves(outer, outer, x, steps=4)
+    b = transition_curves(inner, inner, (x - 0.5) / 0.25, steps=4)
+    torch.testing.assert_close(a.own, b.own, rtol=1e-4, atol=1e-5)
+
+
+def test_curves_leave_the_networks_as_they_were():
+    student, teacher = agreeing()
+    before = [state(student), state(teacher)]
+    curves = transition_curves(student, teacher, torch.rand(20, 1, 8, 8, generator=stream(5)), steps=2)
+    assert student.training and not moved(before[0], student) and not moved(before[1], teacher)
+    assert not curves.own.requires_grad and not curves.other.requires_grad
+    assert all(p.grad is None and p.requires_grad for p in student.parameters())
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        (dict(variant="code"), "variant.*'code'"),
+        (dict(beta=-1.0), "beta.*-1"),
+        (dict(steps=0), "steps.*0"),
+        (dict(student_steps=0), "student_steps.*0"),
+        (dict(generator_steps=-1), "generator_steps.*-1"),
+        (dict(batch_size=1), "batch_size.*1"),
+        (dict(clip=0.0), "clip.*0"),
+        (dict(lr=0.0), "lr.*0"),
+        (dict(generator_lr=-1.0), "generator_lr.*-1"),
+        (dict(layers=["stage9"]), "stage9"),
+    ],
+)
+def test_bad_choices_are_one_clear_line(choices, message):
+    with pytest.raises(ValueError, match=message) as error:
+        method(**choices)
+    assert "\n" not in str(error.value)
+
+
+def test_networks_of_different_classes_are_refused():
+    a = create_model("resnet8", **SHAPE)
+    b = create_model("resnet8", **SHAPE | dict(num_classes=5))
+    with pytest.raises(ValueError, match=r"same shape \(B, K\).*4.*5"):
+        ABM(a, b, Generator(5, 1, 8), steps=3)
+
+
+def test_networks_of_different_images_are_refused():
+    a = create_model("resnet8", **SHAPE)
+    b = create_model("resnet8", **SHAPE | dict(in_channels=3))
+    with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
+        ABM(a, b, Generator(5, 1, 8), steps=3)
+    with pytest.raises(ValueError, match=r"\(B, 1, H, W\)"):
+        ABM(a, a, Generator(5, 3, 8), steps=3)
+
+
+def test_maps_of_different_size_are_refused_only_with_attention():
+    a, b = create_model("resnet8", **SHAPE), create_model("resnet18", **SHAPE)
+    choices = dict(steps=3, layers=["stage1", "stage2", "stage3"], batch_size=4)
+    ABM(a, b, Generator(5, 1, 8), **choices)
+    with pytest.raises(ValueError, match="as many student maps"):
+        ABM(a, b, Generator(5, 1, 8), steps=3)
+    b.stage1.append(nn.AvgPool2d(2))
+    with pytest.raises(ValueError, match="equal height and width"):
+        ABM(a, b, Generator(5, 1, 8), **choices)
+    ABM(a, b, Generator(5, 1, 8), steps=3, beta=0, batch_size=4)
+
+
+def test_building_a_method_leaves_the_networks_as_they_were():
+    student, teacher = pair()
+    before, random = state(student), torch.get_rng_state()
+    ABM(student, teacher, Generator(5, 1, 8, seed=0), steps=3)
+    assert not moved(before, student) and torch.equal(random, torch.get_rng_state())
+
+
+def test_attention_without_maps_is_refused():
+    with pytest.raises(ValueError, match="maps of both"):
+        abm_student_loss(torch.zeros(2, 3), torch.zeros(2, 3))
+
+
+def test_losses_refuse_unlike_logits():
+    with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 4\)"):
+        generator_loss(torch.zeros(2, 3), torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="reduction.*'sum'"):
+        generator_loss(torch.zeros(2, 3), torch.zeros(2, 3), "sum")
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [(dict(steps=0), "steps.*0"), (dict(step_size=0.0), "step_size.*0"), (dict(batch_size=0), "batch_size.*0")],
+)
+def test_curves_refuse_bad_choices(choices, message):
+    with pytest.raises(ValueError, match=message):
+        transition_curves(linear(), linear(), points(), **choices)
+
+
+def test_curves_refuse_what_cannot_be_compared():
+    model, x = linear(), points()
+    opposite = copy.deepcopy(model)
+    with torch.no_grad():
+        opposite.weight.neg_()
+    with pytest.raises(ValueError, match="agree on none of"):
+        transition_curves(model, opposite, x[model(x).argmax(1) != opposite(x).argmax(1)])
+    with pytest.raises(ValueError, match="logits"):
+        transition_curves(model, linear(classes=4), x)
+    with pytest.raises(ValueError, match="labels"):
+        transition_curves(model, model, x, torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="no images"):
+        transition_curves(model, model, x[:0])
