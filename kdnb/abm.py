@@ -20,7 +20,7 @@ from .features import attention_loss
 from .kd import kd_loss
 from .models import Normalize, features, fold_batchnorm, seeded
 
-# %% ../nbs/21_abm.ipynb #f51212bb
+# %% ../nbs/21_abm.ipynb #5b9e7434
 class Generator(nn.Module):
     "Noise (B, z_size) to images (B, C, S, S), standardised as networks want them (Micaelli 2019, sec. 4.1)."
     # mean, std: of the networks' training images, C numbers, or None for 0 and 1
@@ -42,12 +42,12 @@ class Generator(nn.Module):
         x = self.layers(self.linear(z).view(-1, 128, self.small, self.small))
         return x * self.pixels.std + self.pixels.mean
 
-# %% ../nbs/21_abm.ipynb #5163fc00
+# %% ../nbs/21_abm.ipynb #918ad28c
 def _larger(channels, out):  # twice the height and width
     conv = nn.Conv2d(channels, out, 3, padding=1)
     return nn.Upsample(scale_factor=2), conv, nn.BatchNorm2d(out), nn.LeakyReLU(0.2)
 
-# %% ../nbs/21_abm.ipynb #5f597115
+# %% ../nbs/21_abm.ipynb #dbf4ec9b
 def generator_loss(
     student_logits: Tensor,         # (B, K) raw scores on generated images; gradient flows
     teacher_logits: Tensor,         # (B, K) raw scores on them; gradient flows here too
@@ -56,7 +56,7 @@ def generator_loss(
     "-KL(teacher || student): a generator seeks images on which the two differ (Micaelli 2019, alg. 1)."
     return -kd_loss(student_logits, teacher_logits, 1.0, reduction)
 
-# %% ../nbs/21_abm.ipynb #37def945
+# %% ../nbs/21_abm.ipynb #bbde8da4
 def abm_student_loss(
     student_logits: Tensor,         # (B, K) raw scores; gradient flows here
     teacher_logits: Tensor,         # (B, K) raw scores on the same images; no hidden detach
@@ -74,13 +74,13 @@ def abm_student_loss(
         raise ValueError("beta > 0 needs the maps of both networks")
     return loss + beta * attention_loss(student_maps, teacher_maps, form)
 
-# %% ../nbs/21_abm.ipynb #c7334a49
+# %% ../nbs/21_abm.ipynb #6a165cd8
 class CollapseAlarm(nn.Module):
     "How various a generator's last images are; `check` stops a training whose generator has collapsed."
     def __init__(self, num_classes: int):
         super().__init__()
         self.register_buffer("shares", torch.zeros(num_classes))   # of images, by the teacher's class
-        self.register_buffer("spread", torch.zeros(()))     # of a pixel over a batch (std), by that of all pixels
+        self.register_buffer("spread", torch.zeros(()))     # std of a pixel over a batch, by all pixels'
         self.register_buffer("batches", torch.zeros(()))    # seen so far; the last fifty or so count
 
     @torch.no_grad()
@@ -105,7 +105,7 @@ class CollapseAlarm(nn.Module):
         advice = "lower generator_lr, or go on with alarm=False"
         raise RuntimeError(f"the generator has collapsed: {seen}; {advice}")
 
-# %% ../nbs/21_abm.ipynb #4488f2a0
+# %% ../nbs/21_abm.ipynb #f4f6e37c
 class ABM:
     "Train `student` without data: a generator seeks images on which it differs from a frozen teacher."
 
@@ -156,7 +156,7 @@ class ABM:
         "Look at the alarm."
         if self.alarm_on: self.alarm.check()
 
-# %% ../nbs/21_abm.ipynb #bd63f21d
+# %% ../nbs/21_abm.ipynb #87e86ff2
 def _abm_step(method):
     z, found, losses = _noise(method), {}, []
     for _ in range(method.generator_steps):
@@ -176,7 +176,7 @@ def _abm_step(method):
     found |= {"loss": torch.stack([v.detach() for v in losses]).mean()} | method.alarm.add(x, teacher_logits)
     return {name: value.detach() for name, value in found.items()}
 
-# %% ../nbs/21_abm.ipynb #807adb02
+# %% ../nbs/21_abm.ipynb #89aba6ae
 def _noise(method):
     device = next(method.generator.parameters()).device
     return torch.randn(method.batch_size, method.generator.z_size, device=device)
@@ -197,7 +197,7 @@ def _update(method, optimizer, loss):
     if method.clip < math.inf: nn.utils.clip_grad_norm_(weights, method.clip)
     optimizer.step(); optimizer.zero_grad()
 
-# %% ../nbs/21_abm.ipynb #66828f6f
+# %% ../nbs/21_abm.ipynb #e7b497bf
 def _check_abm(variant, **values):
     if variant not in ("paper", "official"):
         raise ValueError(f"variant must be paper or official, got {variant!r}")
@@ -215,7 +215,7 @@ def _try_out(method):  # K; raises if the three networks do not fit together
         abm_student_loss(logits, teacher_logits, ours, theirs, method.beta, **method.loss)
     return logits.shape[1]
 
-# %% ../nbs/21_abm.ipynb #2a777b20
+# %% ../nbs/21_abm.ipynb #ec94b609
 class TransitionCurves(NamedTuple):
     "How sure two networks become of a class j while the gradient of one of them leads M images there."
 
@@ -229,7 +229,7 @@ class TransitionCurves(NamedTuple):
         "Mean distance of the two curves, image by image."
         return (self.own - self.other).abs().mean((1, 2))
 
-# %% ../nbs/21_abm.ipynb #d3f02165
+# %% ../nbs/21_abm.ipynb #ada0dbcd
 def transition_curves(
     model: nn.Module,             # (B, C, H, W) -> (B, K) raw scores: its gradient is followed; left as found
     other: nn.Module,             # the same: it watches
@@ -254,7 +254,7 @@ def transition_curves(
     own, others = torch.cat(curves, 1).view(2, len(rows), K - 1, steps)
     return TransitionCurves(own, others, targets.view(-1, K - 1), rows)
 
-# %% ../nbs/21_abm.ipynb #7f44ac28
+# %% ../nbs/21_abm.ipynb #13977af9
 def _std(model): return next((m.std for m in model.modules() if isinstance(m, Normalize)), 1.0)
 
 def _agreed(model, other, x, batch_size):  # rows, the class read there, K
@@ -265,7 +265,7 @@ def _agreed(model, other, x, batch_size):  # rows, the class read there, K
     if not len(rows): raise ValueError(f"the two networks agree on none of the {len(x)} images")
     return rows, ours[rows].argmax(1), ours.shape[1]
 
-# %% ../nbs/21_abm.ipynb #3e7460e7
+# %% ../nbs/21_abm.ipynb #1459f1fd
 def _walk(model, other, x, targets, steps, rate):  # (2, B, steps) probabilities of the targets
     found = []
     for k in range(steps):
@@ -280,7 +280,7 @@ def _walk(model, other, x, targets, steps, rate):  # (2, B, steps) probabilities
 
 def _log_p(logits, targets): return logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
 
-# %% ../nbs/21_abm.ipynb #2100383c
+# %% ../nbs/21_abm.ipynb #e2c50168
 def _check_curves(x, labels, steps, step_size, batch_size):
     for name, value in (("steps", steps), ("batch_size", batch_size)):
         if value < 1: raise ValueError(f"{name} must be >= 1, got {value}")
@@ -289,7 +289,7 @@ def _check_curves(x, labels, steps, step_size, batch_size):
     if labels is not None and labels.shape != x.shape[:1]:
         raise ValueError(f"labels must be ({len(x)},), got {tuple(labels.shape)}")
 
-# %% ../nbs/21_abm.ipynb #21d831eb
+# %% ../nbs/21_abm.ipynb #89bd2769
 def mean_transition_error(
     curves: TransitionCurves,   # the value depends on their steps, step_size and direction
 ) -> float:                     # in [0, 1]; 0: the two networks cannot be told apart along any walk

@@ -19,7 +19,8 @@ def start(preset, folder):
     name, kind = preset.split(".")
     values = {"data": "digits", "device": "cpu", "max_steps": 2, "checkpoints": "", "results": str(folder)}
     small = {"test_images": 16, "val_images": 8, "eval_steps": 2, "steps": 2, "batch_size": 32}
-    small |= {"autoattack_images": 2, "autoattack_tier": "lite", "boundary_images": 4, "curve_images": 4, "curve_steps": 3}
+    small |= {"autoattack_images": 2, "autoattack_tier": "lite", "boundary_images": 4}
+    small |= {"curve_images": 4, "curve_steps": 3}
     declared = read_parameters(notebooks()[name])
     values |= {key: value for key, value in small.items() if key in declared}
     words = [word for key, value in values.items() for word in ("-p", key, str(value))]
