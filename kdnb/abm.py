@@ -74,13 +74,13 @@ def abm_student_loss(
         raise ValueError("beta > 0 needs the maps of both networks")
     return loss + beta * attention_loss(student_maps, teacher_maps, form)
 
-# %% ../nbs/21_abm.ipynb #6a165cd8
+# %% ../nbs/21_abm.ipynb #6f0f5772
 class CollapseAlarm(nn.Module):
     "How various a generator's last images are; `check` stops a training whose generator has collapsed."
     def __init__(self, num_classes: int):
         super().__init__()
         self.register_buffer("shares", torch.zeros(num_classes))   # of images, by the teacher's class
-        self.register_buffer("spread", torch.zeros(()))     # std of a pixel over a batch, by all pixels'
+        self.register_buffer("spread", torch.zeros(()))     # std of a pixel over a batch / of all pixels
         self.register_buffer("batches", torch.zeros(()))    # seen so far; the last fifty or so count
 
     @torch.no_grad()
@@ -105,7 +105,7 @@ class CollapseAlarm(nn.Module):
         advice = "lower generator_lr, or go on with alarm=False"
         raise RuntimeError(f"the generator has collapsed: {seen}; {advice}")
 
-# %% ../nbs/21_abm.ipynb #f4f6e37c
+# %% ../nbs/21_abm.ipynb #a269003c
 class ABM:
     "Train `student` without data: a generator seeks images on which it differs from a frozen teacher."
 
@@ -121,31 +121,26 @@ class ABM:
         layers=None,                   # names for `features`; None: the last map of each stage
         fresh: bool = False,           # new noise for every student step, not one batch for all of them
         generator_steps: int = 1, student_steps: int = 10,   # of an iteration
-        batch_size: int = 128,         # >= 2
-        lr: float = 2e-3,              # Adam's, of the student
-        generator_lr: float | None = None,   # Adam's, of the generator; None: 2e-3 (paper)
+        batch_size: int = 128, lr: float = 2e-3,             # images a step; Adam's rate for the student
+        generator_lr: float | None = None,   # Adam's rate for the generator; None: 2e-3 (paper)
         clip: float | None = None,     # longest gradient of a network; None: infinite (paper)
         fold: bool = True,             # ask a copy of the teacher with BatchNorm folded in
         alarm: bool = True,            # stop with a RuntimeError if it collapses; see `CollapseAlarm`
     ):
-        official = variant == "official"
-        if clip is None: clip = 5.0 if official else math.inf
-        if generator_lr is None: generator_lr = 1e-3 if official else 2e-3
-        _check_abm(variant, batch_size=batch_size, steps=steps, generator_steps=generator_steps,
+        known = _variant(variant)
+        clip = known["clip"] if clip is None else clip
+        generator_lr = known["generator_lr"] if generator_lr is None else generator_lr
+        _check_abm(batch_size=batch_size, steps=steps, generator_steps=generator_steps,
                    student_steps=student_steps, lr=lr, generator_lr=generator_lr, clip=clip)
         self.variant, self.beta, self.layers, self.fresh = variant, float(beta), layers, fresh
-        self.generator_steps, self.student_steps = generator_steps, student_steps
-        reduction, form = ("mean", "mean_square") if official else ("batchmean", "norm")
-        self.loss, self.batch_size = dict(reduction=reduction, form=form), batch_size
-        self.clip, self.alarm_on = clip, alarm
+        self.generator_steps, self.student_steps, self.batch_size = generator_steps, student_steps, batch_size
+        self.loss, self.clip, self.alarm_on = known["loss"], clip, alarm
         self.student, self.generator = student.train(), generator.train()
         teacher = teacher.eval().requires_grad_(False)
         self.teacher = fold_batchnorm(teacher) if fold else teacher
         self.alarm = CollapseAlarm(_try_out(self))
-        self.optimizer, self.generator_optimizer = (
-            torch.optim.Adam(net.parameters(), rate, fused=True)
-            for net, rate in ((student, lr), (generator, generator_lr)))
-        moving = (self.optimizer, self.generator_optimizer)[:2 if generator_steps else 1]
+        self.optimizer, self.generator_optimizer = _adam(student, lr), _adam(generator, generator_lr)
+        moving = [self.optimizer] + [self.generator_optimizer] * bool(generator_steps)
         self.schedules = [CosineAnnealingLR(optimizer, steps) for optimizer in moving]
 
     def step(self, x=None, y=None) -> dict[str, Tensor]:
@@ -197,10 +192,17 @@ def _update(method, optimizer, loss):
     if method.clip < math.inf: nn.utils.clip_grad_norm_(weights, method.clip)
     optimizer.step(); optimizer.zero_grad()
 
-# %% ../nbs/21_abm.ipynb #e7b497bf
-def _check_abm(variant, **values):
-    if variant not in ("paper", "official"):
-        raise ValueError(f"variant must be paper or official, got {variant!r}")
+# %% ../nbs/21_abm.ipynb #2dfb1c87
+def _variant(name):
+    known = {"paper": dict(generator_lr=2e-3, clip=math.inf, loss=dict(reduction="batchmean", form="norm")),
+             "official": dict(generator_lr=1e-3, clip=5.0, loss=dict(reduction="mean", form="mean_square"))}
+    if name not in known: raise ValueError(f"variant must be paper or official, got {name!r}")
+    return known[name]
+
+def _adam(net, lr): return torch.optim.Adam(net.parameters(), lr, fused=True)
+
+# %% ../nbs/21_abm.ipynb #455ee010
+def _check_abm(**values):
     least = {"batch_size": 2, "steps": 1, "generator_steps": 0, "student_steps": 1}
     for name, value in values.items():
         if value < least.get(name, -math.inf):
@@ -215,7 +217,7 @@ def _try_out(method):  # K; raises if the three networks do not fit together
         abm_student_loss(logits, teacher_logits, ours, theirs, method.beta, **method.loss)
     return logits.shape[1]
 
-# %% ../nbs/21_abm.ipynb #ec94b609
+# %% ../nbs/21_abm.ipynb #d5cd8a03
 class TransitionCurves(NamedTuple):
     "How sure two networks become of a class j while the gradient of one of them leads M images there."
 
@@ -229,7 +231,7 @@ class TransitionCurves(NamedTuple):
         "Mean distance of the two curves, image by image."
         return (self.own - self.other).abs().mean((1, 2))
 
-# %% ../nbs/21_abm.ipynb #ada0dbcd
+# %% ../nbs/21_abm.ipynb #f7734a5d
 def transition_curves(
     model: nn.Module,             # (B, C, H, W) -> (B, K) raw scores: its gradient is followed; left as found
     other: nn.Module,             # the same: it watches
@@ -254,7 +256,7 @@ def transition_curves(
     own, others = torch.cat(curves, 1).view(2, len(rows), K - 1, steps)
     return TransitionCurves(own, others, targets.view(-1, K - 1), rows)
 
-# %% ../nbs/21_abm.ipynb #13977af9
+# %% ../nbs/21_abm.ipynb #ad36199a
 def _std(model): return next((m.std for m in model.modules() if isinstance(m, Normalize)), 1.0)
 
 def _agreed(model, other, x, batch_size):  # rows, the class read there, K
@@ -265,7 +267,7 @@ def _agreed(model, other, x, batch_size):  # rows, the class read there, K
     if not len(rows): raise ValueError(f"the two networks agree on none of the {len(x)} images")
     return rows, ours[rows].argmax(1), ours.shape[1]
 
-# %% ../nbs/21_abm.ipynb #1459f1fd
+# %% ../nbs/21_abm.ipynb #ebfeafcc
 def _walk(model, other, x, targets, steps, rate):  # (2, B, steps) probabilities of the targets
     found = []
     for k in range(steps):
@@ -280,7 +282,7 @@ def _walk(model, other, x, targets, steps, rate):  # (2, B, steps) probabilities
 
 def _log_p(logits, targets): return logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
 
-# %% ../nbs/21_abm.ipynb #e2c50168
+# %% ../nbs/21_abm.ipynb #5a0c6dc3
 def _check_curves(x, labels, steps, step_size, batch_size):
     for name, value in (("steps", steps), ("batch_size", batch_size)):
         if value < 1: raise ValueError(f"{name} must be >= 1, got {value}")
@@ -289,7 +291,7 @@ def _check_curves(x, labels, steps, step_size, batch_size):
     if labels is not None and labels.shape != x.shape[:1]:
         raise ValueError(f"labels must be ({len(x)},), got {tuple(labels.shape)}")
 
-# %% ../nbs/21_abm.ipynb #89bd2769
+# %% ../nbs/21_abm.ipynb #6e5d29bd
 def mean_transition_error(
     curves: TransitionCurves,   # the value depends on their steps, step_size and direction
 ) -> float:                     # in [0, 1]; 0: the two networks cannot be told apart along any walk
