@@ -20,17 +20,17 @@ from .features import attention_loss
 from .kd import kd_loss
 from .models import Normalize, features, fold_batchnorm, seeded
 
-# %% ../nbs/21_abm.ipynb #5b9e7434
+# %% ../nbs/21_abm.ipynb #94fc1c3c
 class Generator(nn.Module):
-    "Noise (B, z_size) to images (B, C, S, S), standardised as networks want them (Micaelli 2019, sec. 4.1)."
+    "Noise (B, z_size) to images (B, C, S, S) that come out of `Normalize` standardised (official code)."
     # mean, std: of the networks' training images, C numbers, or None for 0 and 1
     # seed: initialisation of its own; None draws from torch's global generator
     def __init__(self, z_size: int = 100, channels: int = 3, image_size: int = 32, mean=None, std=None,
                  seed: int | None = None):
         super().__init__()
-        if z_size < 1: raise ValueError(f"z_size must be >= 1, got {z_size}")
-        if image_size < 4 or image_size % 4:
-            raise ValueError(f"image_size must be a multiple of 4, got {image_size}")
+        for name, value in dict(z_size=z_size, channels=channels, image_size=image_size).items():
+            _check_whole(name, value, 1)
+        if image_size % 4: raise ValueError(f"image_size must be a multiple of 4, got {image_size}")
         self.z_size, self.small = z_size, image_size // 4
         self.pixels = Normalize(mean, std, channels)     # to be undone
         with seeded(seed):
@@ -42,21 +42,36 @@ class Generator(nn.Module):
         x = self.layers(self.linear(z).view(-1, 128, self.small, self.small))
         return x * self.pixels.std + self.pixels.mean
 
-# %% ../nbs/21_abm.ipynb #918ad28c
+# %% ../nbs/21_abm.ipynb #6ecf8db0
+def _check_whole(name, value, least):
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number >= {least}, got {value}")
+
+def _try_out(method):  # K; raises if the three networks do not fit together
+    if not hasattr(method.generator, "z_size"):
+        raise ValueError("generator needs an attribute z_size: how many numbers of noise it takes")
+    z = torch.zeros(2, method.generator.z_size, device=_device(method))
+    with frozen(method.generator), frozen(method.student), torch.no_grad():
+        x, teacher_logits, theirs = _lesson(method, z)
+        logits, ours = _answer(method, method.student, x)
+        abm_student_loss(logits, teacher_logits, ours, theirs, method.beta, **method.loss)
+    return logits.shape[1]
+
+# %% ../nbs/21_abm.ipynb #c1c71770
 def _larger(channels, out):  # twice the height and width
     conv = nn.Conv2d(channels, out, 3, padding=1)
     return nn.Upsample(scale_factor=2), conv, nn.BatchNorm2d(out), nn.LeakyReLU(0.2)
 
-# %% ../nbs/21_abm.ipynb #dbf4ec9b
+# %% ../nbs/21_abm.ipynb #8821edb0
 def generator_loss(
     student_logits: Tensor,         # (B, K) raw scores on generated images; gradient flows
     teacher_logits: Tensor,         # (B, K) raw scores on them; gradient flows here too
     reduction: str = "batchmean",   # "mean" also divides by K (official code)
-) -> Tensor:                        # scalar, nats, <= 0
+) -> Tensor:                        # scalar, <= 0, in nats unless divided
     "-KL(teacher || student): a generator seeks images on which the two differ (Micaelli 2019, alg. 1)."
     return -kd_loss(student_logits, teacher_logits, 1.0, reduction)
 
-# %% ../nbs/21_abm.ipynb #bbde8da4
+# %% ../nbs/21_abm.ipynb #a701788c
 def abm_student_loss(
     student_logits: Tensor,         # (B, K) raw scores; gradient flows here
     teacher_logits: Tensor,         # (B, K) raw scores on the same images; no hidden detach
@@ -67,18 +82,19 @@ def abm_student_loss(
     form: str = "norm",             # of `attention_loss`; "mean_square" (official code)
 ) -> Tensor:                        # scalar
     "KL(teacher || student) + beta attention loss (Micaelli and Storkey 2019, eq. 1)."
-    if not 0 <= beta < math.inf: raise ValueError(f"beta must be >= 0, got {beta}")
+    if not 0 <= beta < math.inf: raise ValueError(f"beta must be a finite number >= 0, got {beta}")
     loss = kd_loss(student_logits, teacher_logits, 1.0, reduction)
     if not beta: return loss
     if student_maps is None or teacher_maps is None:
         raise ValueError("beta > 0 needs the maps of both networks")
     return loss + beta * attention_loss(student_maps, teacher_maps, form)
 
-# %% ../nbs/21_abm.ipynb #6f0f5772
+# %% ../nbs/21_abm.ipynb #a95b44df
 class CollapseAlarm(nn.Module):
     "How various a generator's last images are; `check` stops a training whose generator has collapsed."
-    def __init__(self, num_classes: int):
+    def __init__(self, num_classes: int, stops: bool = True):
         super().__init__()
+        self.stops = stops
         self.register_buffer("shares", torch.zeros(num_classes))   # of images, by the teacher's class
         self.register_buffer("spread", torch.zeros(()))     # std of a pixel over a batch / of all pixels
         self.register_buffer("batches", torch.zeros(()))    # seen so far; the last fifty or so count
@@ -86,7 +102,7 @@ class CollapseAlarm(nn.Module):
     @torch.no_grad()
     def add(
         self,
-        x: Tensor,                # (B, C, H, W) generated images
+        x: Tensor,                # (B, C, H, W) generated images, B >= 2
         teacher_logits: Tensor,   # (B, K) raw scores
     ) -> dict[str, Tensor]:       # classes: e to the entropy of the shares, in [1, K]; spread: 0 is all alike
         "Take a batch into account."
@@ -100,12 +116,12 @@ class CollapseAlarm(nn.Module):
         "Raise RuntimeError below a tenth of the entropy of equal shares, or if images hardly differ."
         entropy, spread = torch.special.entr(self.shares).sum().item(), self.spread.item()
         K = len(self.shares)
-        if not self.batches or (entropy >= 0.1 * math.log(K) and spread >= 0.02): return
+        if not (self.stops and self.batches) or (entropy >= 0.1 * math.log(K) and spread >= 0.02): return
         seen = f"the teacher sees {math.exp(entropy):.1f} of {K} classes in its images, spread {spread:.2f}"
-        advice = "lower generator_lr, or go on with alarm=False"
+        advice = "start anew with a lower generator_lr, or go on with alarm=False"
         raise RuntimeError(f"the generator has collapsed: {seen}; {advice}")
 
-# %% ../nbs/21_abm.ipynb #a269003c
+# %% ../nbs/21_abm.ipynb #035753e3
 class ABM:
     "Train `student` without data: a generator seeks images on which it differs from a frozen teacher."
 
@@ -116,29 +132,27 @@ class ABM:
         generator: nn.Module,          # (B, z_size) -> (B, C, H, W), with an attribute z_size; `Generator`
         *,
         steps: int,                    # iterations in all: both learning rates fall to 0 along half a cosine
-        variant: str = "paper",        # "official": its KL / K, attention, generator_lr 1e-3 and clip 5
+        variant: str = "paper",        # "official": KL / K (so beta counts K times), mean-square attention
         beta: float = 250.0,           # >= 0: weight of attention; 0 for networks of different build
         layers=None,                   # names for `features`; None: the last map of each stage
         fresh: bool = False,           # new noise for every student step, not one batch for all of them
         generator_steps: int = 1, student_steps: int = 10,   # of an iteration
         batch_size: int = 128, lr: float = 2e-3,             # images a step; Adam's rate for the student
-        generator_lr: float | None = None,   # Adam's rate for the generator; None: 2e-3 (paper)
-        clip: float | None = None,     # longest gradient of a network; None: infinite (paper)
-        fold: bool = True,             # ask a copy of the teacher with BatchNorm folded in
-        alarm: bool = True,            # stop with a RuntimeError if it collapses; see `CollapseAlarm`
+        generator_lr: float | None = None,   # Adam's rate for the generator; None: 2e-3, official 1e-3
+        clip: float | None = None,     # longest gradient of a network, > 0; None: infinite, official 5
+        fold: bool = True, alarm: bool = True,   # a faster teacher (unless layers); `CollapseAlarm` stops
     ):
-        known = _variant(variant)
-        clip = known["clip"] if clip is None else clip
-        generator_lr = known["generator_lr"] if generator_lr is None else generator_lr
-        _check_abm(batch_size=batch_size, steps=steps, generator_steps=generator_steps,
+        generator_lr, clip, self.loss = _variant(variant, generator_lr, clip)
+        _check_abm(student is teacher, batch_size=batch_size, steps=steps, generator_steps=generator_steps,
                    student_steps=student_steps, lr=lr, generator_lr=generator_lr, clip=clip)
         self.variant, self.beta, self.layers, self.fresh = variant, float(beta), layers, fresh
         self.generator_steps, self.student_steps, self.batch_size = generator_steps, student_steps, batch_size
-        self.loss, self.clip, self.alarm_on = known["loss"], clip, alarm
+        self.clip, self.steps = clip, steps
         self.student, self.generator = student.train(), generator.train()
-        teacher = teacher.eval().requires_grad_(False)
+        teacher, fold = teacher.eval().requires_grad_(False), fold and not (layers and beta)
         self.teacher = fold_batchnorm(teacher) if fold else teacher
-        self.alarm = CollapseAlarm(_try_out(self))
+        self.alarm = CollapseAlarm(_try_out(self), alarm)
+        self.build = f"layers {layers}, fold {fold}, z_size {generator.z_size}"   # a checkpoint must agree
         self.optimizer, self.generator_optimizer = _adam(student, lr), _adam(generator, generator_lr)
         moving = [self.optimizer] + [self.generator_optimizer] * bool(generator_steps)
         self.schedules = [CosineAnnealingLR(optimizer, steps) for optimizer in moving]
@@ -148,33 +162,43 @@ class ABM:
         return _abm_step(self)
 
     def end_epoch(self, epoch: int) -> None:
-        "Look at the alarm."
-        if self.alarm_on: self.alarm.check()
+        "Stop with a RuntimeError if the generator has collapsed, unless alarm=False."
+        self.alarm.check()
 
-# %% ../nbs/21_abm.ipynb #87e86ff2
+# %% ../nbs/21_abm.ipynb #6344a758
 def _abm_step(method):
     z, found, losses = _noise(method), {}, []
-    for _ in range(method.generator_steps):
-        with frozen(method.student, "found"):
-            x = method.generator(z)
-            logits, teacher_logits = method.student(x), method.teacher(x)
-            found["generator"] = generator_loss(logits, teacher_logits, method.loss["reduction"])
-            _update(method, method.generator_optimizer, found["generator"])
+    for _ in range(method.generator_steps): found["generator"] = _generator_step(method, z)
     for k in range(method.student_steps):
         if k and method.fresh: z = _noise(method)
         if not k or method.fresh: x, teacher_logits, theirs = _lesson(method, z)
         logits, ours = _answer(method, method.student, x)
-        losses.append(abm_student_loss(logits, teacher_logits, ours, theirs, method.beta, **method.loss))
-        _update(method, method.optimizer, losses[-1])
+        loss = abm_student_loss(logits, teacher_logits, ours, theirs, method.beta, **method.loss)
+        losses.append(_update(method, method.optimizer, loss))
         if not k: found |= {"teacher_sure": _sure(teacher_logits), "student_sure": _sure(logits)}
-    for schedule in method.schedules: schedule.step()
-    found |= {"loss": torch.stack([v.detach() for v in losses]).mean()} | method.alarm.add(x, teacher_logits)
-    return {name: value.detach() for name, value in found.items()}
+    for schedule in method.schedules:
+        if schedule.last_epoch < schedule.T_max: schedule.step()
+    return {"loss": torch.stack(losses).mean()} | found | method.alarm.add(x, teacher_logits)
 
-# %% ../nbs/21_abm.ipynb #89aba6ae
+# %% ../nbs/21_abm.ipynb #f6eefa1d
+def _generator_step(method, z):
+    with frozen(method.student, "found"):       # it takes no gradient, but its batch norm counts
+        x = method.generator(z)
+        loss = generator_loss(method.student(x), method.teacher(x), method.loss["reduction"])
+        return _update(method, method.generator_optimizer, loss)
+
+def _update(method, optimizer, loss):
+    loss.backward()
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    if method.clip < math.inf: nn.utils.clip_grad_norm_(weights, method.clip)
+    optimizer.step(); optimizer.zero_grad()
+    return loss.detach()
+
+# %% ../nbs/21_abm.ipynb #f8a04b1e
 def _noise(method):
-    device = next(method.generator.parameters()).device
-    return torch.randn(method.batch_size, method.generator.z_size, device=device)
+    return torch.randn(method.batch_size, method.generator.z_size, device=_device(method))
+
+def _device(method): return next(method.student.parameters()).device
 
 @torch.no_grad()
 def _lesson(method, z):  # images, the teacher's logits and maps
@@ -186,38 +210,26 @@ def _answer(method, model, x):
 
 def _sure(logits): return logits.detach().softmax(1).amax(1).mean()
 
-def _update(method, optimizer, loss):
-    loss.backward()
-    weights = [p for group in optimizer.param_groups for p in group["params"]]
-    if method.clip < math.inf: nn.utils.clip_grad_norm_(weights, method.clip)
-    optimizer.step(); optimizer.zero_grad()
-
-# %% ../nbs/21_abm.ipynb #2dfb1c87
-def _variant(name):
-    known = {"paper": dict(generator_lr=2e-3, clip=math.inf, loss=dict(reduction="batchmean", form="norm")),
-             "official": dict(generator_lr=1e-3, clip=5.0, loss=dict(reduction="mean", form="mean_square"))}
+# %% ../nbs/21_abm.ipynb #1690d040
+def _variant(name, generator_lr, clip):
+    known = {"paper": (2e-3, math.inf, dict(reduction="batchmean", form="norm")),
+             "official": (1e-3, 5.0, dict(reduction="mean", form="mean_square"))}
     if name not in known: raise ValueError(f"variant must be paper or official, got {name!r}")
-    return known[name]
+    lr, length, loss = known[name]
+    return lr if generator_lr is None else generator_lr, length if clip is None else clip, loss
 
 def _adam(net, lr): return torch.optim.Adam(net.parameters(), lr, fused=True)
 
-# %% ../nbs/21_abm.ipynb #455ee010
-def _check_abm(**values):
+# %% ../nbs/21_abm.ipynb #9ff16426
+def _check_abm(one_network, **values):
+    if one_network: raise ValueError("student and teacher must be two networks")
     least = {"batch_size": 2, "steps": 1, "generator_steps": 0, "student_steps": 1}
     for name, value in values.items():
-        if value < least.get(name, -math.inf):
-            raise ValueError(f"{name} must be >= {least[name]}, got {value}")
-        if name not in least and not value > 0: raise ValueError(f"{name} must be > 0, got {value}")
+        if name in least: _check_whole(name, value, least[name])
+        elif not value > 0 or (value == math.inf and name != "clip"):
+            raise ValueError(f"{name} must be > 0, got {value}")
 
-def _try_out(method):  # K; raises if the three networks do not fit together
-    z = next(method.generator.parameters()).new_zeros(2, method.generator.z_size)
-    with frozen(method.generator), frozen(method.student), torch.no_grad():
-        x, teacher_logits, theirs = _lesson(method, z)
-        logits, ours = _answer(method, method.student, x)
-        abm_student_loss(logits, teacher_logits, ours, theirs, method.beta, **method.loss)
-    return logits.shape[1]
-
-# %% ../nbs/21_abm.ipynb #d5cd8a03
+# %% ../nbs/21_abm.ipynb #e2b31b29
 class TransitionCurves(NamedTuple):
     "How sure two networks become of a class j while the gradient of one of them leads M images there."
 
@@ -231,7 +243,7 @@ class TransitionCurves(NamedTuple):
         "Mean distance of the two curves, image by image."
         return (self.own - self.other).abs().mean((1, 2))
 
-# %% ../nbs/21_abm.ipynb #f7734a5d
+# %% ../nbs/21_abm.ipynb #bd3134a8
 def transition_curves(
     model: nn.Module,             # (B, C, H, W) -> (B, K) raw scores: its gradient is followed; left as found
     other: nn.Module,             # the same: it watches
@@ -249,25 +261,27 @@ def transition_curves(
     unit = _std(model) if unit is None else unit
     with frozen(model), frozen(other), torch.no_grad():
         rows, read, K = _agreed(model, other, x, batch_size)
-        left_out = read if labels is None else labels[rows]
+        left_out = read if labels is None else labels.to(x.device)[rows]
+        if ((left_out < 0) | (left_out >= K)).any(): raise ValueError(f"labels must lie in [0, {K})")
         images, targets = (left_out[:, None] != torch.arange(K, device=x.device)).nonzero().T
         curves = [_walk(model, other, x[rows[i]], j, steps, step_size * unit**2)
                   for i, j in zip(images.split(batch_size), targets.split(batch_size), strict=True)]
     own, others = torch.cat(curves, 1).view(2, len(rows), K - 1, steps)
     return TransitionCurves(own, others, targets.view(-1, K - 1), rows)
 
-# %% ../nbs/21_abm.ipynb #ad36199a
+# %% ../nbs/21_abm.ipynb #6a0ff401
 def _std(model): return next((m.std for m in model.modules() if isinstance(m, Normalize)), 1.0)
 
 def _agreed(model, other, x, batch_size):  # rows, the class read there, K
     ours, theirs = (torch.cat([net(part) for part in x.split(batch_size)]) for net in (model, other))
-    if ours.ndim != 2 or ours.shape != theirs.shape:
-        raise ValueError(f"logits must be (N, K) alike, got {tuple(ours.shape)} and {tuple(theirs.shape)}")
+    if ours.ndim != 2 or ours.shape != theirs.shape or ours.shape[1] < 2:
+        shapes = f"{tuple(ours.shape)} and {tuple(theirs.shape)}"
+        raise ValueError(f"logits must be (N, K) alike, K >= 2, got {shapes}")
     rows = (ours.argmax(1) == theirs.argmax(1)).nonzero()[:, 0]
     if not len(rows): raise ValueError(f"the two networks agree on none of the {len(x)} images")
     return rows, ours[rows].argmax(1), ours.shape[1]
 
-# %% ../nbs/21_abm.ipynb #ebfeafcc
+# %% ../nbs/21_abm.ipynb #86cc1d86
 def _walk(model, other, x, targets, steps, rate):  # (2, B, steps) probabilities of the targets
     found = []
     for k in range(steps):
@@ -282,16 +296,16 @@ def _walk(model, other, x, targets, steps, rate):  # (2, B, steps) probabilities
 
 def _log_p(logits, targets): return logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
 
-# %% ../nbs/21_abm.ipynb #5a0c6dc3
+# %% ../nbs/21_abm.ipynb #fcaa5307
 def _check_curves(x, labels, steps, step_size, batch_size):
-    for name, value in (("steps", steps), ("batch_size", batch_size)):
-        if value < 1: raise ValueError(f"{name} must be >= 1, got {value}")
+    for name, value in (("steps", steps), ("batch_size", batch_size)): _check_whole(name, value, 1)
     if not 0 < step_size < math.inf: raise ValueError(f"step_size must be > 0, got {step_size}")
     if not len(x): raise ValueError("there are no images to start from")
+    if not bool(x.isfinite().all()): raise ValueError("x holds NaN or infinite values")
     if labels is not None and labels.shape != x.shape[:1]:
         raise ValueError(f"labels must be ({len(x)},), got {tuple(labels.shape)}")
 
-# %% ../nbs/21_abm.ipynb #6e5d29bd
+# %% ../nbs/21_abm.ipynb #a45c80c2
 def mean_transition_error(
     curves: TransitionCurves,   # the value depends on their steps, step_size and direction
 ) -> float:                     # in [0, 1]; 0: the two networks cannot be told apart along any walk

@@ -71,6 +71,20 @@ def test_generator_gives_standardised_images_of_the_wanted_shape(channels, size)
     assert (std - 1).abs().max() < 1e-2
 
 
+def test_generator_written_out():
+    made, z = Generator(5, 1, 8, seed=0), torch.randn(16, 5, generator=stream(0))
+    convs = [m for m in made.layers if isinstance(m, nn.Conv2d)]
+
+    def norm(x):  # fresh weights are 1, biases 0
+        return F.batch_norm(x, None, None, training=True)
+
+    x = norm(made.linear(z).view(16, 128, 2, 2))
+    for conv in convs[:2]:
+        x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        x = F.leaky_relu(norm(conv(x)), 0.2)
+    torch.testing.assert_close(made(z), norm(convs[2](x)), rtol=1e-4, atol=1e-5)
+
+
 def test_generator_undoes_the_networks_normalisation():
     plain, ours = Generator(seed=0), Generator(mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7], seed=0)
     z = torch.randn(16, 100, generator=stream(0))
@@ -88,13 +102,14 @@ def test_generator_seed_is_its_own():
 
 @pytest.mark.parametrize("size", [0, 2, 30])
 def test_generator_refuses_sizes_it_cannot_reach(size):
-    with pytest.raises(ValueError, match=f"multiple of 4.*{size}"):
+    with pytest.raises(ValueError, match=f"image_size must be .*, got {size}"):
         Generator(image_size=size)
 
 
-def test_generator_refuses_no_noise():
-    with pytest.raises(ValueError, match="z_size"):
-        Generator(0)
+@pytest.mark.parametrize("choices", [dict(z_size=0), dict(channels=0), dict(z_size=5.0)])
+def test_generator_refuses_sizes_that_are_none(choices):
+    with pytest.raises(ValueError, match=f"{[*choices][0]} must be a whole number"):
+        Generator(**choices)
 
 
 # ---------------------------------------------------------------- losses
@@ -241,13 +256,30 @@ def test_one_iteration_is_the_algorithm_written_out(variant):
                 torch.testing.assert_close(p, q, rtol=1e-3, atol=2e-4, msg=name)
 
 
-def test_folding_the_teacher_changes_nothing_but_last_bits():
+@pytest.mark.parametrize("layers", [None, ["stem.0"]])
+def test_folding_the_teacher_changes_nothing_but_last_bits(layers):
     found = []
     for fold in (True, False):
         torch.manual_seed(0)
-        found.append(method(fold=fold).step())
+        found.append(method(fold=fold, layers=layers).step())
     for name in found[0]:
         torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_the_teacher_is_folded_where_it_can_be():
+    def norms(abm):
+        return sum(isinstance(m, nn.BatchNorm2d) for m in abm.teacher.modules())
+
+    assert norms(method()) == norms(method(layers=["stage1"], beta=0)) == 0
+    assert norms(method(fold=False)) == norms(method(layers=["stage1"])) > 0
+
+
+def test_sure_is_whose_it_says():
+    abm = method(student_steps=1)
+    nn.init.zeros_(abm.teacher.linear.weight)
+    nn.init.zeros_(abm.teacher.linear.bias)
+    found = abm.step()
+    assert found["teacher_sure"].item() == pytest.approx(0.25) and found["student_sure"] > 0.26
 
 
 def test_small_steps_do_what_they_are_for():
@@ -282,12 +314,20 @@ def test_small_steps_do_what_they_are_for():
 
 @pytest.mark.parametrize(("variant", "rates"), [("paper", (2e-3, 2e-3)), ("official", (2e-3, 1e-3))])
 def test_both_rates_follow_half_a_cosine(variant, rates):
-    abm = method(variant=variant, steps=6, student_steps=1)
-    for k in range(7):
+    abm = method(variant=variant, steps=6, student_steps=2)
+    for k in [*range(7), 6]:  # and there they stay
         for optimizer, rate in zip((abm.optimizer, abm.generator_optimizer), rates, strict=True):
             wanted = rate * (1 + math.cos(math.pi * k / 6)) / 2
             assert optimizer.param_groups[0]["lr"] == pytest.approx(wanted, abs=1e-12)
         abm.step()
+
+
+VARIANTS = [({}, math.inf), (dict(variant="official"), 5.0), (dict(variant="official", clip=2.0), 2.0)]
+
+
+@pytest.mark.parametrize(("choices", "clip"), VARIANTS)
+def test_clip_of_a_variant(choices, clip):
+    assert method(**choices).clip == clip
 
 
 def test_updates_are_counted():
@@ -372,7 +412,8 @@ def test_the_same_method_resumes_its_own_checkpoint(tmp_path):
     assert len(fit(abm, steps=8, epoch_steps=4, checkpoint=file, progress="off")) == 2
 
 
-CHANGES = [dict(beta=1.0), dict(fresh=True), dict(variant="official"), dict(lr=1e-3)]
+CHANGES = [dict(beta=1.0), dict(fresh=True), dict(variant="official"), dict(lr=1e-3), dict(steps=20)]
+CHANGES += [dict(layers=["stage1"]), dict(fold=False)]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -451,6 +492,30 @@ def test_the_alarm_knows_copies_from_images():
     assert alarm.add(x[:1].expand(4, -1, -1, -1), answers([0, 1, 2, 3]))["spread"] < 1e-3
     with pytest.raises(RuntimeError, match="collapsed"):
         alarm.check()
+
+
+def test_the_alarms_thresholds():
+    x = torch.rand(200, 1, 8, 8, generator=stream(0))
+    for ones, rings in ((4, True), (8, False)):  # entropy .098 and .168; a tenth of log 4 is .139
+        alarm = CollapseAlarm(4)
+        alarm.add(x, answers([1] * ones + [0] * (200 - ones)))
+        if rings:
+            with pytest.raises(RuntimeError, match="collapsed"):
+                alarm.check()
+        else:
+            alarm.check()
+    alike = torch.rand(1, 1, 8, 8, generator=stream(0)) + 0.03 * torch.randn(4, 1, 8, 8, generator=stream(1))
+    alarm = CollapseAlarm(4)
+    assert 0.05 < alarm.add(alike, answers([0, 1, 2, 3]))["spread"] < 0.2
+    alarm.check()
+
+
+def test_a_run_goes_on_without_its_alarm(tmp_path):
+    file = dict(checkpoint=tmp_path / "one.pt", progress="off")
+    fit(method(), steps=10, max_steps=1, **file)
+    quiet = method(alarm=False)
+    fit(quiet, steps=10, max_steps=2, **file)
+    assert quiet.alarm.batches == 2
 
 
 # ---------------------------------------------------------------- transition curves
@@ -559,6 +624,13 @@ def test_steps_are_taken_in_the_networks_own_units():
     torch.testing.assert_close(a.own, b.own, rtol=1e-4, atol=1e-5)
 
 
+def test_the_unit_is_that_of_the_network_that_is_followed():
+    a, b = (create_model("resnet8", **SHAPE, seed=0, std=[s]).eval() for s in (0.25, 0.5))
+    x = torch.rand(20, 1, 8, 8, generator=stream(5))
+    found, wanted, wrong = (transition_curves(a, b, x, steps=3, unit=u).own for u in (None, 0.25, 0.5))
+    assert torch.equal(found, wanted) and not torch.equal(found, wrong)
+
+
 def test_curves_leave_the_networks_as_they_were():
     student, teacher = agreeing()
     before = [state(student), state(teacher)]
@@ -582,6 +654,10 @@ def test_curves_leave_the_networks_as_they_were():
         (dict(batch_size=1), "batch_size.*1"),
         (dict(clip=0.0), "clip.*0"),
         (dict(lr=0.0), "lr.*0"),
+        (dict(lr=math.inf), "lr.*inf"),
+        (dict(steps=2.5), "steps must be a whole number.*2.5"),
+        (dict(student_steps=2.5), "student_steps must be a whole number.*2.5"),
+        (dict(beta=math.nan), "beta.*nan"),
         (dict(generator_lr=-1.0), "generator_lr.*-1"),
         (dict(layers=["stage9"]), "stage9"),
     ],
@@ -590,6 +666,14 @@ def test_bad_choices_are_one_clear_line(choices, message):
     with pytest.raises(ValueError, match=message) as error:
         method(**choices)
     assert "\n" not in str(error.value)
+
+
+def test_unfit_networks_are_refused():
+    student, teacher = pair()
+    with pytest.raises(ValueError, match="two networks"):
+        ABM(student, student, Generator(5, 1, 8), steps=3)
+    with pytest.raises(ValueError, match="z_size"):
+        ABM(student, teacher, nn.Flatten(), steps=3)
 
 
 def test_networks_of_different_classes_are_refused():
@@ -605,7 +689,7 @@ def test_networks_of_different_images_are_refused():
     with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
         ABM(a, b, Generator(5, 1, 8), steps=3)
     with pytest.raises(ValueError, match=r"\(B, 1, H, W\)"):
-        ABM(a, a, Generator(5, 3, 8), steps=3)
+        ABM(a, copy.deepcopy(a), Generator(5, 3, 8), steps=3)
 
 
 def test_maps_of_different_size_are_refused_only_with_attention():
@@ -663,5 +747,11 @@ def test_curves_refuse_what_cannot_be_compared():
         transition_curves(model, linear(classes=4), x)
     with pytest.raises(ValueError, match="labels"):
         transition_curves(model, model, x, torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 3\)"):
+        transition_curves(model, model, x, torch.full((40,), 3))
     with pytest.raises(ValueError, match="no images"):
         transition_curves(model, model, x[:0])
+    with pytest.raises(ValueError, match="NaN"):
+        transition_curves(model, model, x * math.nan)
+    with pytest.raises(ValueError, match="K >= 2"):
+        transition_curves(linear(classes=1), linear(classes=1), x)
