@@ -20,7 +20,50 @@ from .features import attention_loss
 from .kd import kd_loss
 from .models import Normalize, features, fold_batchnorm, seeded
 
-# %% ../nbs/21_abm.ipynb #94fc1c3c
+# %% ../nbs/21_abm.ipynb #7830bd50
+def _check_whole(name, value, least):
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number >= {least}, got {value}")
+
+def _try_out(method):  # K; raises if the three networks do not fit together
+    if not hasattr(method.generator, "z_size"):
+        raise ValueError("generator needs an attribute z_size: how many numbers of noise it takes")
+    z = torch.zeros(2, method.generator.z_size, device=_device(method))
+    with frozen(method.generator), frozen(method.student), torch.no_grad():
+        x, teacher_logits, theirs = _lesson(method, z)
+        logits, ours = _answer(method, method.student, x)
+        abm_student_loss(logits, teacher_logits, ours, theirs, method.beta, **method.loss)
+    return logits.shape[1]
+
+# %% ../nbs/21_abm.ipynb #37b7c85b
+def _check_abm(one_network, **values):
+    if one_network: raise ValueError("student and teacher must be two networks")
+    least = {"batch_size": 2, "steps": 1, "generator_steps": 0, "student_steps": 1}
+    for name, value in values.items():
+        if name in least: _check_whole(name, value, least[name])
+        elif not value > 0 or (value == math.inf and name != "clip"):
+            raise ValueError(f"{name} must be > 0, got {value}")
+
+# %% ../nbs/21_abm.ipynb #3042b053
+def _check_curves(x, labels, steps, step_size, batch_size):
+    for name, value in (("steps", steps), ("batch_size", batch_size)): _check_whole(name, value, 1)
+    if not 0 < step_size < math.inf: raise ValueError(f"step_size must be > 0, got {step_size}")
+    if not len(x): raise ValueError("there are no images to start from")
+    if not bool(x.isfinite().all()): raise ValueError("x holds NaN or infinite values")
+    if labels is not None and labels.shape != x.shape[:1]:
+        raise ValueError(f"labels must be ({len(x)},), got {tuple(labels.shape)}")
+
+# %% ../nbs/21_abm.ipynb #7eb79637
+def _variant(name, generator_lr, clip):
+    known = {"paper": (2e-3, math.inf, dict(reduction="batchmean", form="norm")),
+             "official": (1e-3, 5.0, dict(reduction="mean", form="mean_square"))}
+    if name not in known: raise ValueError(f"variant must be paper or official, got {name!r}")
+    lr, length, loss = known[name]
+    return lr if generator_lr is None else generator_lr, length if clip is None else clip, loss
+
+def _adam(net, lr): return torch.optim.Adam(net.parameters(), lr, fused=True)
+
+# %% ../nbs/21_abm.ipynb #1a87304d
 class Generator(nn.Module):
     "Noise (B, z_size) to images (B, C, S, S) that come out of `Normalize` standardised (official code)."
     # mean, std: of the networks' training images, C numbers, or None for 0 and 1
@@ -42,27 +85,12 @@ class Generator(nn.Module):
         x = self.layers(self.linear(z).view(-1, 128, self.small, self.small))
         return x * self.pixels.std + self.pixels.mean
 
-# %% ../nbs/21_abm.ipynb #6ecf8db0
-def _check_whole(name, value, least):
-    if not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number >= {least}, got {value}")
-
-def _try_out(method):  # K; raises if the three networks do not fit together
-    if not hasattr(method.generator, "z_size"):
-        raise ValueError("generator needs an attribute z_size: how many numbers of noise it takes")
-    z = torch.zeros(2, method.generator.z_size, device=_device(method))
-    with frozen(method.generator), frozen(method.student), torch.no_grad():
-        x, teacher_logits, theirs = _lesson(method, z)
-        logits, ours = _answer(method, method.student, x)
-        abm_student_loss(logits, teacher_logits, ours, theirs, method.beta, **method.loss)
-    return logits.shape[1]
-
-# %% ../nbs/21_abm.ipynb #c1c71770
+# %% ../nbs/21_abm.ipynb #fdfbff9a
 def _larger(channels, out):  # twice the height and width
     conv = nn.Conv2d(channels, out, 3, padding=1)
     return nn.Upsample(scale_factor=2), conv, nn.BatchNorm2d(out), nn.LeakyReLU(0.2)
 
-# %% ../nbs/21_abm.ipynb #8821edb0
+# %% ../nbs/21_abm.ipynb #07070d30
 def generator_loss(
     student_logits: Tensor,         # (B, K) raw scores on generated images; gradient flows
     teacher_logits: Tensor,         # (B, K) raw scores on them; gradient flows here too
@@ -71,7 +99,7 @@ def generator_loss(
     "-KL(teacher || student): a generator seeks images on which the two differ (Micaelli 2019, alg. 1)."
     return -kd_loss(student_logits, teacher_logits, 1.0, reduction)
 
-# %% ../nbs/21_abm.ipynb #a701788c
+# %% ../nbs/21_abm.ipynb #1509c2a7
 def abm_student_loss(
     student_logits: Tensor,         # (B, K) raw scores; gradient flows here
     teacher_logits: Tensor,         # (B, K) raw scores on the same images; no hidden detach
@@ -89,9 +117,9 @@ def abm_student_loss(
         raise ValueError("beta > 0 needs the maps of both networks")
     return loss + beta * attention_loss(student_maps, teacher_maps, form)
 
-# %% ../nbs/21_abm.ipynb #a95b44df
+# %% ../nbs/21_abm.ipynb #50aa71fb
 class CollapseAlarm(nn.Module):
-    "How various a generator's last images are; `check` stops a training whose generator has collapsed."
+    "How varied a generator's last images are; `check` stops a training whose generator has collapsed."
     def __init__(self, num_classes: int, stops: bool = True):
         super().__init__()
         self.stops = stops
@@ -121,7 +149,52 @@ class CollapseAlarm(nn.Module):
         advice = "start anew with a lower generator_lr, or go on with alarm=False"
         raise RuntimeError(f"the generator has collapsed: {seen}; {advice}")
 
-# %% ../nbs/21_abm.ipynb #035753e3
+# %% ../nbs/21_abm.ipynb #4c10e198
+def _abm_step(method):
+    z, found, losses = _noise(method), {}, []
+    for _ in range(method.generator_steps): found["generator"] = _generator_step(method, z)
+    for k in range(method.student_steps):
+        if k and method.fresh: z = _noise(method)
+        if not k or method.fresh: x, teacher_logits, theirs = _lesson(method, z)
+        logits, ours = _answer(method, method.student, x)
+        loss = abm_student_loss(logits, teacher_logits, ours, theirs, method.beta, **method.loss)
+        losses.append(_update(method, method.optimizer, loss))
+        if not k: found |= {"teacher_sure": _sure(teacher_logits), "student_sure": _sure(logits)}
+    for schedule in method.schedules:
+        if schedule.last_epoch < schedule.T_max: schedule.step()
+    return {"loss": torch.stack(losses).mean()} | found | method.alarm.add(x, teacher_logits)
+
+# %% ../nbs/21_abm.ipynb #63864804
+def _generator_step(method, z):
+    with frozen(method.student, "found"):       # it takes no gradient, but its batch norm counts
+        x = method.generator(z)
+        loss = generator_loss(method.student(x), method.teacher(x), method.loss["reduction"])
+        return _update(method, method.generator_optimizer, loss)
+
+def _update(method, optimizer, loss):
+    loss.backward()
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    if method.clip < math.inf: nn.utils.clip_grad_norm_(weights, method.clip)
+    optimizer.step(); optimizer.zero_grad()
+    return loss.detach()
+
+# %% ../nbs/21_abm.ipynb #dc8114e2
+def _noise(method):
+    return torch.randn(method.batch_size, method.generator.z_size, device=_device(method))
+
+def _device(method): return next(method.student.parameters()).device
+
+@torch.no_grad()
+def _lesson(method, z):  # images, the teacher's logits and maps
+    x = method.generator(z)
+    return x, *_answer(method, method.teacher, x)
+
+def _answer(method, model, x):
+    return features(model, x, method.layers) if method.beta else (model(x), None)
+
+def _sure(logits): return logits.detach().softmax(1).amax(1).mean()
+
+# %% ../nbs/21_abm.ipynb #d093e67e
 class ABM:
     "Train `student` without data: a generator seeks images on which it differs from a frozen teacher."
 
@@ -133,7 +206,7 @@ class ABM:
         *,
         steps: int,                    # iterations in all: both learning rates fall to 0 along half a cosine
         variant: str = "paper",        # "official": KL / K (so beta counts K times), mean-square attention
-        beta: float = 250.0,           # >= 0: weight of attention; 0 for networks of different build
+        beta: float = 250.0,           # >= 0: weight of attention; 0 for networks of different architecture
         layers=None,                   # names for `features`; None: the last map of each stage
         fresh: bool = False,           # new noise for every student step, not one batch for all of them
         generator_steps: int = 1, student_steps: int = 10,   # of an iteration
@@ -165,71 +238,7 @@ class ABM:
         "Stop with a RuntimeError if the generator has collapsed, unless alarm=False."
         self.alarm.check()
 
-# %% ../nbs/21_abm.ipynb #6344a758
-def _abm_step(method):
-    z, found, losses = _noise(method), {}, []
-    for _ in range(method.generator_steps): found["generator"] = _generator_step(method, z)
-    for k in range(method.student_steps):
-        if k and method.fresh: z = _noise(method)
-        if not k or method.fresh: x, teacher_logits, theirs = _lesson(method, z)
-        logits, ours = _answer(method, method.student, x)
-        loss = abm_student_loss(logits, teacher_logits, ours, theirs, method.beta, **method.loss)
-        losses.append(_update(method, method.optimizer, loss))
-        if not k: found |= {"teacher_sure": _sure(teacher_logits), "student_sure": _sure(logits)}
-    for schedule in method.schedules:
-        if schedule.last_epoch < schedule.T_max: schedule.step()
-    return {"loss": torch.stack(losses).mean()} | found | method.alarm.add(x, teacher_logits)
-
-# %% ../nbs/21_abm.ipynb #f6eefa1d
-def _generator_step(method, z):
-    with frozen(method.student, "found"):       # it takes no gradient, but its batch norm counts
-        x = method.generator(z)
-        loss = generator_loss(method.student(x), method.teacher(x), method.loss["reduction"])
-        return _update(method, method.generator_optimizer, loss)
-
-def _update(method, optimizer, loss):
-    loss.backward()
-    weights = [p for group in optimizer.param_groups for p in group["params"]]
-    if method.clip < math.inf: nn.utils.clip_grad_norm_(weights, method.clip)
-    optimizer.step(); optimizer.zero_grad()
-    return loss.detach()
-
-# %% ../nbs/21_abm.ipynb #f8a04b1e
-def _noise(method):
-    return torch.randn(method.batch_size, method.generator.z_size, device=_device(method))
-
-def _device(method): return next(method.student.parameters()).device
-
-@torch.no_grad()
-def _lesson(method, z):  # images, the teacher's logits and maps
-    x = method.generator(z)
-    return x, *_answer(method, method.teacher, x)
-
-def _answer(method, model, x):
-    return features(model, x, method.layers) if method.beta else (model(x), None)
-
-def _sure(logits): return logits.detach().softmax(1).amax(1).mean()
-
-# %% ../nbs/21_abm.ipynb #1690d040
-def _variant(name, generator_lr, clip):
-    known = {"paper": (2e-3, math.inf, dict(reduction="batchmean", form="norm")),
-             "official": (1e-3, 5.0, dict(reduction="mean", form="mean_square"))}
-    if name not in known: raise ValueError(f"variant must be paper or official, got {name!r}")
-    lr, length, loss = known[name]
-    return lr if generator_lr is None else generator_lr, length if clip is None else clip, loss
-
-def _adam(net, lr): return torch.optim.Adam(net.parameters(), lr, fused=True)
-
-# %% ../nbs/21_abm.ipynb #9ff16426
-def _check_abm(one_network, **values):
-    if one_network: raise ValueError("student and teacher must be two networks")
-    least = {"batch_size": 2, "steps": 1, "generator_steps": 0, "student_steps": 1}
-    for name, value in values.items():
-        if name in least: _check_whole(name, value, least[name])
-        elif not value > 0 or (value == math.inf and name != "clip"):
-            raise ValueError(f"{name} must be > 0, got {value}")
-
-# %% ../nbs/21_abm.ipynb #e2b31b29
+# %% ../nbs/21_abm.ipynb #f2a75250
 class TransitionCurves(NamedTuple):
     "How sure two networks become of a class j while the gradient of one of them leads M images there."
 
@@ -243,7 +252,7 @@ class TransitionCurves(NamedTuple):
         "Mean distance of the two curves, image by image."
         return (self.own - self.other).abs().mean((1, 2))
 
-# %% ../nbs/21_abm.ipynb #bd3134a8
+# %% ../nbs/21_abm.ipynb #578e7f51
 def transition_curves(
     model: nn.Module,             # (B, C, H, W) -> (B, K) raw scores: its gradient is followed; left as found
     other: nn.Module,             # the same: it watches
@@ -269,7 +278,7 @@ def transition_curves(
     own, others = torch.cat(curves, 1).view(2, len(rows), K - 1, steps)
     return TransitionCurves(own, others, targets.view(-1, K - 1), rows)
 
-# %% ../nbs/21_abm.ipynb #6a0ff401
+# %% ../nbs/21_abm.ipynb #104198b4
 def _std(model): return next((m.std for m in model.modules() if isinstance(m, Normalize)), 1.0)
 
 def _agreed(model, other, x, batch_size):  # rows, the class read there, K
@@ -281,7 +290,7 @@ def _agreed(model, other, x, batch_size):  # rows, the class read there, K
     if not len(rows): raise ValueError(f"the two networks agree on none of the {len(x)} images")
     return rows, ours[rows].argmax(1), ours.shape[1]
 
-# %% ../nbs/21_abm.ipynb #86cc1d86
+# %% ../nbs/21_abm.ipynb #b7b2e3d6
 def _walk(model, other, x, targets, steps, rate):  # (2, B, steps) probabilities of the targets
     found = []
     for k in range(steps):
@@ -296,16 +305,7 @@ def _walk(model, other, x, targets, steps, rate):  # (2, B, steps) probabilities
 
 def _log_p(logits, targets): return logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
 
-# %% ../nbs/21_abm.ipynb #fcaa5307
-def _check_curves(x, labels, steps, step_size, batch_size):
-    for name, value in (("steps", steps), ("batch_size", batch_size)): _check_whole(name, value, 1)
-    if not 0 < step_size < math.inf: raise ValueError(f"step_size must be > 0, got {step_size}")
-    if not len(x): raise ValueError("there are no images to start from")
-    if not bool(x.isfinite().all()): raise ValueError("x holds NaN or infinite values")
-    if labels is not None and labels.shape != x.shape[:1]:
-        raise ValueError(f"labels must be ({len(x)},), got {tuple(labels.shape)}")
-
-# %% ../nbs/21_abm.ipynb #a45c80c2
+# %% ../nbs/21_abm.ipynb #3d3515b6
 def mean_transition_error(
     curves: TransitionCurves,   # the value depends on their steps, step_size and direction
 ) -> float:                     # in [0, 1]; 0: the two networks cannot be told apart along any walk
