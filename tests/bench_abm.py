@@ -85,7 +85,7 @@ def one_at_a_time(model, other, x, classes, steps):
             theirs.append(other(point).softmax(1)[0, j].item())
             (-log_p[0, j]).backward()
             point = point - std**2 * point.grad
-    return (torch.tensor(p).view(len(x), steps) for p in (own, theirs))
+    return (torch.tensor(p, dtype=x.dtype).view(len(x), steps) for p in (own, theirs))
 
 
 def bench_curves(rounds, model_name, other_name, images=6, steps=10):
@@ -98,9 +98,13 @@ def bench_curves(rounds, model_name, other_name, images=6, steps=10):
     images = len(x)
     wanted = (torch.arange(10) != read[:, None]).nonzero()
     job = partial(one_at_a_time, model, other, x[wanted[:, 0]], wanted[:, 1], steps)
-    curves = transition_curves(model, other, x, steps=steps)
-    for ours, theirs in zip((curves.own, curves.other), job(), strict=True):
-        print(f"largest difference {(ours.flatten(0, 1) - theirs).abs().max():.1e}")
+    precise = [copy.deepcopy(net).double() for net in (model, other)]
+    for nets, dtype, limit in (((model, other), torch.float32, 1e-3), (precise, torch.float64, 1e-9)):
+        some = x[:2].to(dtype)
+        curves = transition_curves(*nets, some, steps=steps)
+        peers = one_at_a_time(*nets, some[wanted[:18, 0]], wanted[:18, 1], steps)
+        for ours, theirs in zip((curves.own, curves.other), peers, strict=True):
+            assert (ours.flatten(0, 1) - theirs).abs().max() < limit
     quick = [fold_batchnorm(net).to(memory_format=torch.channels_last) for net in (model, other)]
     wide = x.contiguous(memory_format=torch.channels_last)
     what = f"curves, {model_name} / {other_name}, {images} images, {steps} steps"

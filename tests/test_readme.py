@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from kdnb.data import Batches, load_data
 from kdnb.models import create_model
-from kdnb.runs import results_table
+from kdnb.runs import _numbers, results_table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -61,24 +61,23 @@ def test_results_are_the_recorded_ones():
         assert any(wanted in line for line in shown), wanted
 
 
-@pytest.mark.parametrize("name", ["20_bss", "22_ard", "24_tfkd"])
+@pytest.mark.parametrize("name", ["20_bss", "21_abm", "22_ard", "24_tfkd"])
 def test_grids_are_the_recorded_ones(name):
-    "Each row of a grid in README holds the numbers of the recorded row."
-    text = str(results_table(name))
-    columns = re.split(r"  +", next(line for line in text.splitlines() if line.startswith("protocol")))
+    "Each number of a grid in README, marked <!-- NAME --> or <!-- NAME: PRESET -->, is the recorded one."
     recorded = {}
-    for line in text.splitlines():
-        cells = re.split(r"  +", line.strip())
-        numbers = [cell for cell in cells if re.fullmatch(r"[\d.]+ ± [\d.]+", cell)]
-        if numbers:
-            recorded[cells[cells.index(numbers[0]) - 1]] = numbers
+    for row in results_table(name).rows:
+        if row["n"]:
+            network, _, column = row["quantity"].rpartition(" | ")
+            recorded.setdefault((network, column), {})[row["protocol"].split(",")[0]] = _numbers(row)[0]
     seen = 0
-    for table in re.findall(rf"^<!-- {name} -->\n((?:\|.*\n)+)", README, flags=re.M):
+    for preset, table in re.findall(rf"^<!-- {name}(?:: (\w+))? -->\n((?:\|.*\n)+)", README, flags=re.M):
         head, _, *rows = table.splitlines()
-        shown = [word.strip() for word in head.strip("|").split("|")][1:]
-        order = [columns[2:].index(word) for word in shown]
+        columns = [word.strip() for word in head.strip("|").split("|")][1:]
         for row in rows:
-            network, *numbers = [word.strip() for word in row.strip("|").split("|")]
-            assert numbers == [recorded[network][i] for i in order], network
+            network, *numbers = [word.strip() for word in row[1:-1].split("|")]
+            for column, number in zip(columns, numbers, strict=True):
+                known = recorded.get((network, column), {})
+                wanted = known.get(preset, "") if preset else "".join(known.values())
+                assert number == wanted, (network, column)
             seen += 1
     assert seen > 9
