@@ -117,12 +117,13 @@ def abm_student_loss(
         raise ValueError("beta > 0 needs the maps of both networks")
     return loss + beta * attention_loss(student_maps, teacher_maps, form)
 
-# %% ../nbs/21_abm.ipynb #50aa71fb
+# %% ../nbs/21_abm.ipynb #b2797e98
 class CollapseAlarm(nn.Module):
     "How varied a generator's last images are; `check` stops a training whose generator has collapsed."
-    def __init__(self, num_classes: int, stops: bool = True):
+    # stops: False never raises; patience: batches to see first, a newborn generator is often in this state
+    def __init__(self, num_classes: int, stops: bool = True, patience: int = 50):
         super().__init__()
-        self.stops = stops
+        self.stops, self.patience = stops, patience
         self.register_buffer("shares", torch.zeros(num_classes))   # of images, by the teacher's class
         self.register_buffer("spread", torch.zeros(()))     # std of a pixel over a batch / of all pixels
         self.register_buffer("batches", torch.zeros(()))    # seen so far; the last fifty or so count
@@ -144,7 +145,8 @@ class CollapseAlarm(nn.Module):
         "Raise RuntimeError below a tenth of the entropy of equal shares, or if images hardly differ."
         entropy, spread = torch.special.entr(self.shares).sum().item(), self.spread.item()
         K = len(self.shares)
-        if not (self.stops and self.batches) or (entropy >= 0.1 * math.log(K) and spread >= 0.02): return
+        early = self.batches < max(self.patience, 1)
+        if not self.stops or early or (entropy >= 0.1 * math.log(K) and spread >= 0.02): return
         seen = f"the teacher sees {math.exp(entropy):.1f} of {K} classes in its images, spread {spread:.2f}"
         advice = "start anew with a lower generator_lr, or go on with alarm=False"
         raise RuntimeError(f"the generator has collapsed: {seen}; {advice}")

@@ -449,11 +449,13 @@ class Constant(nn.Module):
 
 
 def test_the_alarm_stops_a_generator_of_one_image():
-    abm = ABM(*pair(), Constant(), steps=10, batch_size=8, student_steps=1)
+    choices = dict(steps=60, batch_size=4, student_steps=1)
+    abm, rows = ABM(*pair(), Constant(), **choices), []
     with pytest.raises(RuntimeError, match="collapsed.*alarm=False"):
-        fit(abm, steps=10, epoch_steps=5, progress="off")
-    quiet = ABM(*pair(), Constant(), steps=10, batch_size=8, student_steps=1, alarm=False)
-    assert len(fit(quiet, steps=10, epoch_steps=5, progress="off")) == 2
+        fit(abm, steps=60, epoch_steps=20, progress="off", trackers=[rows.append])
+    assert len(rows) == 2  # after 20 and 40 batches it was too early to tell
+    quiet = ABM(*pair(), Constant(), **choices, alarm=False)
+    assert len(fit(quiet, steps=60, epoch_steps=20, progress="off")) == 3
 
 
 def answers(classes, K=4):
@@ -462,7 +464,7 @@ def answers(classes, K=4):
 
 def test_the_alarm_knows_one_class_from_several():
     x = torch.rand(4, 1, 8, 8, generator=stream(0))
-    silent, one, two = CollapseAlarm(4), CollapseAlarm(4), CollapseAlarm(4)
+    silent, one, two = (CollapseAlarm(4, patience=0) for _ in range(3))
     silent.check()  # nothing seen yet
     found = two.add(x, answers([0, 0, 1, 1]))
     assert found["classes"].item() == pytest.approx(2) and found["spread"].item() > 0.5
@@ -476,7 +478,7 @@ def test_the_alarm_knows_one_class_from_several():
 def test_the_alarm_looks_at_many_batches():
     "One class a batch, but each time another one, is no collapse."
     x = torch.rand(4, 1, 8, 8, generator=stream(0))
-    alarm = CollapseAlarm(4)
+    alarm = CollapseAlarm(4, patience=0)
     for k in range(40):
         found = alarm.add(x, answers([k % 4] * 4))
     assert found["classes"] > 3.9
@@ -488,7 +490,7 @@ def test_the_alarm_looks_at_many_batches():
 
 def test_the_alarm_knows_copies_from_images():
     x = torch.rand(4, 1, 8, 8, generator=stream(0))
-    alarm = CollapseAlarm(4)
+    alarm = CollapseAlarm(4, patience=0)
     assert alarm.add(x[:1].expand(4, -1, -1, -1), answers([0, 1, 2, 3]))["spread"] < 1e-3
     with pytest.raises(RuntimeError, match="collapsed"):
         alarm.check()
@@ -497,7 +499,7 @@ def test_the_alarm_knows_copies_from_images():
 def test_the_alarms_thresholds():
     x = torch.rand(200, 1, 8, 8, generator=stream(0))
     for ones, rings in ((4, True), (8, False)):  # entropy .098 and .168; a tenth of log 4 is .139
-        alarm = CollapseAlarm(4)
+        alarm = CollapseAlarm(4, patience=0)
         alarm.add(x, answers([1] * ones + [0] * (200 - ones)))
         if rings:
             with pytest.raises(RuntimeError, match="collapsed"):
@@ -505,7 +507,7 @@ def test_the_alarms_thresholds():
         else:
             alarm.check()
     alike = torch.rand(1, 1, 8, 8, generator=stream(0)) + 0.03 * torch.randn(4, 1, 8, 8, generator=stream(1))
-    alarm = CollapseAlarm(4)
+    alarm = CollapseAlarm(4, patience=0)
     assert 0.05 < alarm.add(alike, answers([0, 1, 2, 3]))["spread"] < 0.2
     alarm.check()
 
