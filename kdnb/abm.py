@@ -20,20 +20,10 @@ from .features import attention_loss
 from .kd import kd_loss
 from .models import Normalize, features, fold_batchnorm, seeded
 
-# %% ../nbs/21_abm.ipynb #7830bd50
+# %% ../nbs/21_abm.ipynb #b013db8f
 def _check_whole(name, value, least):
     if not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be a whole number >= {least}, got {value}")
-
-def _try_out(method):  # K; raises if the three networks do not fit together
-    if not hasattr(method.generator, "z_size"):
-        raise ValueError("generator needs an attribute z_size: how many numbers of noise it takes")
-    z = torch.zeros(2, method.generator.z_size, device=_device(method))
-    with frozen(method.generator), frozen(method.student), torch.no_grad():
-        x, teacher_logits, theirs = _lesson(method, z)
-        logits, ours = _answer(method, method.student, x)
-        abm_student_loss(logits, teacher_logits, ours, theirs, method.beta, **method.loss)
-    return logits.shape[1]
 
 # %% ../nbs/21_abm.ipynb #37b7c85b
 def _check_abm(one_network, **values):
@@ -196,7 +186,18 @@ def _answer(method, model, x):
 
 def _sure(logits): return logits.detach().softmax(1).amax(1).mean()
 
-# %% ../nbs/21_abm.ipynb #d093e67e
+# %% ../nbs/21_abm.ipynb #dc28aa51
+def _try_out(method):  # K; raises if the three networks do not fit together
+    if not hasattr(method.generator, "z_size"):
+        raise ValueError("generator needs an attribute z_size: how many numbers of noise it takes")
+    z = torch.zeros(2, method.generator.z_size, device=_device(method))
+    with frozen(method.generator), frozen(method.student), torch.no_grad():
+        x, teacher_logits, theirs = _lesson(method, z)
+        logits, ours = _answer(method, method.student, x)
+        abm_student_loss(logits, teacher_logits, ours, theirs, method.beta, **method.loss)
+    return logits.shape[1]
+
+# %% ../nbs/21_abm.ipynb #e76623fb
 class ABM:
     "Train `student` without data: a generator seeks images on which it differs from a frozen teacher."
 
@@ -240,7 +241,7 @@ class ABM:
         "Stop with a RuntimeError if the generator has collapsed, unless alarm=False."
         self.alarm.check()
 
-# %% ../nbs/21_abm.ipynb #f2a75250
+# %% ../nbs/21_abm.ipynb #217d5315
 class TransitionCurves(NamedTuple):
     "How sure two networks become of a class j while the gradient of one of them leads M images there."
 
@@ -254,7 +255,7 @@ class TransitionCurves(NamedTuple):
         "Mean distance of the two curves, image by image."
         return (self.own - self.other).abs().mean((1, 2))
 
-# %% ../nbs/21_abm.ipynb #578e7f51
+# %% ../nbs/21_abm.ipynb #18268b3f
 def transition_curves(
     model: nn.Module,             # (B, C, H, W) -> (B, K) raw scores: its gradient is followed; left as found
     other: nn.Module,             # the same: it watches
@@ -280,7 +281,7 @@ def transition_curves(
     own, others = torch.cat(curves, 1).view(2, len(rows), K - 1, steps)
     return TransitionCurves(own, others, targets.view(-1, K - 1), rows)
 
-# %% ../nbs/21_abm.ipynb #104198b4
+# %% ../nbs/21_abm.ipynb #d654df27
 def _std(model): return next((m.std for m in model.modules() if isinstance(m, Normalize)), 1.0)
 
 def _agreed(model, other, x, batch_size):  # rows, the class read there, K
@@ -292,7 +293,7 @@ def _agreed(model, other, x, batch_size):  # rows, the class read there, K
     if not len(rows): raise ValueError(f"the two networks agree on none of the {len(x)} images")
     return rows, ours[rows].argmax(1), ours.shape[1]
 
-# %% ../nbs/21_abm.ipynb #b7b2e3d6
+# %% ../nbs/21_abm.ipynb #5d793cdc
 def _walk(model, other, x, targets, steps, rate):  # (2, B, steps) probabilities of the targets
     found = []
     for k in range(steps):
@@ -307,7 +308,7 @@ def _walk(model, other, x, targets, steps, rate):  # (2, B, steps) probabilities
 
 def _log_p(logits, targets): return logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
 
-# %% ../nbs/21_abm.ipynb #3d3515b6
+# %% ../nbs/21_abm.ipynb #6a8ee42f
 def mean_transition_error(
     curves: TransitionCurves,   # the value depends on their steps, step_size and direction
 ) -> float:                     # in [0, 1]; 0: the two networks cannot be told apart along any walk
