@@ -255,7 +255,7 @@ class TransitionCurves(NamedTuple):
         "Mean distance of the two curves, image by image."
         return (self.own - self.other).abs().mean((1, 2))
 
-# %% ../nbs/21_abm.ipynb #18268b3f
+# %% ../nbs/21_abm.ipynb #86e01791
 def transition_curves(
     model: nn.Module,             # (B, C, H, W) -> (B, K) raw scores: its gradient is followed; left as found
     other: nn.Module,             # the same: it watches
@@ -270,7 +270,7 @@ def transition_curves(
 ) -> TransitionCurves:
     "Walk each image to every other class, in normalised pixels that nothing cuts (Micaelli 2019, alg. 2)."
     _check_curves(x, labels, steps, step_size, batch_size)
-    unit = _std(model) if unit is None else unit
+    unit = Normalize.of(model)[1] if unit is None else unit
     with frozen(model), frozen(other), torch.no_grad():
         rows, read, K = _agreed(model, other, x, batch_size)
         left_out = read if labels is None else labels.to(x.device)[rows]
@@ -281,9 +281,7 @@ def transition_curves(
     own, others = torch.cat(curves, 1).view(2, len(rows), K - 1, steps)
     return TransitionCurves(own, others, targets.view(-1, K - 1), rows)
 
-# %% ../nbs/21_abm.ipynb #d654df27
-def _std(model): return next((m.std for m in model.modules() if isinstance(m, Normalize)), 1.0)
-
+# %% ../nbs/21_abm.ipynb #fe23cc6c
 def _agreed(model, other, x, batch_size):  # rows, the class read there, K
     ours, theirs = (torch.cat([net(part) for part in x.split(batch_size)]) for net in (model, other))
     if ours.ndim != 2 or ours.shape != theirs.shape or ours.shape[1] < 2:

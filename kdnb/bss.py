@@ -47,7 +47,7 @@ def bss_attack(
 ) -> Samples:
     "Boundary supporting samples: down L = f_base - f_target until x leaves its class (Heo et al. 2019)."
     eta = _check_walk(x, base, target, rule, eta, eps, steps)
-    unit = _mean_and_std(model)[1] if unit is None else unit
+    unit = Normalize.of(model)[1] if unit is None else unit
     with frozen(model), torch.no_grad():
         height, slope, logits = _height(model, x, base, target, checked=False)
         moving = (logits.argmax(1) == base).nonzero()[:, 0]
@@ -75,10 +75,6 @@ def _gap(logits, base, target):  # L, (B,)
     return (logits.gather(1, base[:, None]) - logits.gather(1, target[:, None]))[:, 0]
 
 def _full(logits): return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-
-# %% ../nbs/20_bss.ipynb #d4ab582a
-def _mean_and_std(model):
-    return next(((m.mean, m.std) for m in model.modules() if isinstance(m, Normalize)), (0.0, 1.0))
 
 # %% ../nbs/20_bss.ipynb #5b12ca34
 def _height(model, x, base, target, checked=True):
@@ -265,7 +261,7 @@ def _check_bss(variant, attack_size, base, target, temperature, form):
 
 # %% ../nbs/20_bss.ipynb #e919fbab
 def _official(attack, model, *walk):  # pixels cut where the official code cuts, not where colours end
-    mean, std = _mean_and_std(model)
+    mean, std = Normalize.of(model)
     return attack(model, *walk, low=mean - 2.5 * std, high=mean + 2.5 * std)
 
 # %% ../nbs/20_bss.ipynb #09960090

@@ -42,6 +42,12 @@ class Normalize(nn.Module):
             raise ValueError(f"{rule}, got {x.dtype} of shape {tuple(x.shape)}")
         return (x - self.mean) / self.std
 
+    @staticmethod
+    def of(model: nn.Module) -> tuple:  # mean and std, (1, C, 1, 1); 0.0 and 1.0 if it normalises nothing
+        "With what a model normalises, wherever inside it."
+        found = (m for m in model.modules() if isinstance(m, Normalize))
+        return next(((m.mean, m.std) for m in found), (0.0, 1.0))
+
 # %% ../nbs/01_models.ipynb #49a0a734
 class PadShortcut(nn.Module):
     "Every stride-th pixel, and `extra` new channels of zeros at the end (He et al. 2015, option A)."

@@ -5,14 +5,12 @@ compute the same is asserted first. Networks have random weights: what they answ
 """
 
 import copy
-import sys
-import warnings
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from bench_attacks import network, noise
-from bench_training import compare, matmul_peak
+from bench_training import begin, compare, rounds_asked
 from torch import nn
 
 from kdnb.abm import ABM, Generator, transition_curves
@@ -114,11 +112,8 @@ def bench_curves(rounds, model_name, other_name, images=6, steps=10):
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
-    print(f"PyTorch {torch.__version__}, one thread, {matmul_peak() / 1e9:.0f} GFLOP/s in float32 products")
-    print(f"{'work: ours / peer':50} {'ratio':>7} [quartiles]    target")
+    begin()
+    rounds = rounds_asked()
     bench_iteration(rounds, "wrn_40_2", "wrn_16_1", 32, target=">= 5")
     bench_iteration(rounds, "resnet26", "resnet8", 64)
     bench_curves(rounds, "wrn_16_1", "wrn_40_2")

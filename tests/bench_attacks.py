@@ -8,13 +8,12 @@ nothing may fall early, weights are random and images are noise. Needs kdnb[eval
 
 import argparse
 import copy
-import warnings
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 import torchattacks
-from bench_training import clock, compare, matmul_peak, report
+from bench_training import begin, clock, compare, report
 from pyautoattack import AutoAttack
 from torch import nn
 
@@ -228,15 +227,12 @@ def bench_ard(rounds):
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore")
     parser = argparse.ArgumentParser()
     parser.add_argument("rounds", nargs="?", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="small networks, one round: does it run?")
     args = parser.parse_args()
-    torch.set_num_threads(1)
     rounds = 2 if args.quick else args.rounds
-    print(f"PyTorch {torch.__version__}, one thread, {matmul_peak() / 1e9:.0f} GFLOP/s in float32 products")
-    print(f"{'work: ours / peer':50} {'ratio':>7} [quartiles]    target")
+    begin()
     if args.quick:
         bench_evaluation("resnet8", 32, 16, rounds)
         bench_autoattack("resnet8", 8, 16, "lite", rounds)

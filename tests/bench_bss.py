@@ -6,14 +6,12 @@ compute the same is asserted first. The networks learned handwritten digits, enl
 """
 
 import copy
-import sys
-import warnings
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from bench_attacks import task
-from bench_training import compare, matmul_peak
+from bench_training import begin, compare, rounds_asked
 
 from kdnb.bss import BSS, bss_attack, bss_loss, bss_weights, sample_target, select_base
 from kdnb.models import fold_batchnorm
@@ -159,11 +157,8 @@ def bench_targets(rounds):
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
-    print(f"PyTorch {torch.__version__}, one thread, {matmul_peak() / 1e9:.0f} GFLOP/s in float32 products")
-    print(f"{'work: ours / peer':50} {'ratio':>7} [quartiles]    target")
+    begin()
+    rounds = rounds_asked()
     bench_attack(rounds)
     bench_step(rounds)
     bench_targets(rounds)

@@ -35,6 +35,20 @@ def matmul_peak():
     return 2 * 1024**3 / min(clock(lambda: a @ a) for _ in range(10))
 
 
+def begin(more=""):
+    "Quiet and on one thread; prints the head of the table, returns the speed of matrix products."
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    peak = matmul_peak()
+    print(f"PyTorch {torch.__version__}, one thread, {peak / 1e9:.0f} GFLOP/s in float32 products")
+    print(f"{'work: ours / peer':50} {'ratio':>7} [quartiles]    target{more}")
+    return peak
+
+
+def rounds_asked():
+    return int(sys.argv[1]) if len(sys.argv) > 1 else 5
+
+
 def report(work, ratios, target="", share="     -", more=""):
     low, middle, high = statistics.quantiles(ratios, n=4)
     print(f"{work:50} {middle:7.2f} [{low:.2f}, {high:.2f}]  {target:>7} {share}{more}", flush=True)
@@ -223,12 +237,7 @@ def bench_tfkd(rounds):
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
-    peak = matmul_peak()
-    print(f"PyTorch {torch.__version__}, one thread, float32 matrix products {peak / 1e9:.0f} GFLOP/s")
-    print(f"{'work: ours / peer':50} {'ratio':>7} [quartiles]    target  of peak")
+    rounds, peak = rounds_asked(), begin("  of peak")
     bench_data(rounds)
     bench_fit(rounds)
     bench_switches("resnet20", 3, 32, rounds, peak)

@@ -43,6 +43,14 @@ def test_every_name_builds_and_learns_at_every_size(name, channels, size):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_what_a_network_normalises_with():
+    model = create_model("resnet8", mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+    for net in (model, nn.Sequential(nn.Identity(), model)):
+        mean, std = Normalize.of(net)
+        assert mean is model.normalize.mean and std is model.normalize.std
+    assert Normalize.of(nn.Linear(2, 2)) == (0.0, 1.0)
+
+
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
 def test_wide_resnets_are_torchvisions(name):
     witness = torchvision.models.get_model(name, weights=None, num_classes=10).eval()
