@@ -21,7 +21,7 @@ help:
 	@echo "make test       everything that continuous integration checks (PYTEST='-k structure' for a part)"
 	@echo "make export     clean the notebooks and write kdnb/ from them"
 	@echo "make notebooks  run all notebooks with their defaults and keep the outputs (ONLY=10 for some)"
-	@echo "make bench      time training, data, attacks, BSS and ABM against plain PyTorch and other libraries"
+	@echo "make bench      time training, data, attacks, BSS, ABM and AFD against plain PyTorch and other libraries"
 	@echo "make workflows  check the workflow files"
 	@echo "make lab        run the first lesson in JupyterLab in a headless browser, take a picture"
 	@echo "make clean      remove what running and building left; .venv stays (remove it by hand)"
@@ -106,6 +106,7 @@ bench: $(VENV)/.dev-ok
 	@$(BIN)/python tests/bench_attacks.py
 	@$(BIN)/python tests/bench_bss.py
 	@$(BIN)/python tests/bench_abm.py
+	@$(BIN)/python tests/bench_afd.py
 
 workflows: $(VENV)/.workflows-ok
 	@$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml

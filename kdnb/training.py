@@ -350,6 +350,8 @@ def _prepare(run, undo: ExitStack) -> list[nn.Module]:
     "Place the networks, hook the optimisers; what is registered with `undo` is taken back at the end."
     parts = _stateful(run.method).values()
     modules = [m for m in parts if isinstance(m, nn.Module)]
+    if run.compile:     # a donated buffer forbids a second backward pass through its graph
+        undo.enter_context(torch._functorch.config.patch(donated_buffer=False))
     for module in modules:
         module.to(run.device)
         if any(isinstance(m, nn.Conv2d) for m in module.modules()):

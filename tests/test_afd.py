@@ -15,6 +15,9 @@ from kdnb.afd import (
     DML,
     Discriminator,
     TransferLayer,
+    _feature_losses,
+    _likeness,
+    _logit_losses,
     compare_maps,
     discriminator_loss,
     feature_loss,
@@ -240,6 +243,7 @@ def test_without_feature_weight_it_is_dml_bit_by_bit(scheme):
     histories = [fit(m, batches(), epochs=2, progress="off") for m in (afd, dml)]
     assert all(map(same, afd.networks, dml.networks))
     assert [h["loss"] for h in histories][0] == histories[1]["loss"]
+    assert len(afd.schedules) == 1  # of an optimiser that never steps PyTorch would warn
     before = method(*["resnet8"] * 3, **recipe)
     assert all(map(same, before.discriminators, afd.discriminators))  # never touched
 
@@ -356,6 +360,7 @@ SCHEMES = ["cyclic", "pairs", "ensemble", "offline"]
 CASES = [dict(scheme=s, order=o) for s in SCHEMES for o in ("fresh", "shared")]
 CASES += [dict(order=o, discriminator=d) for o in ORDERS for d in ("each", "one", "none")]
 CASES += [dict(scheme="pairs", discriminator="one", order="shared"), dict(beta=0.3, alpha=0.5, order="joint")]
+CASES += [dict(scheme="offline", order="joint")]
 
 
 @pytest.mark.parametrize("choices", CASES, ids=str)
@@ -469,6 +474,30 @@ def test_each_optimiser_moves_its_own_and_nothing_else(order, scheme, discrimina
     wanted = dict(zip(SEQUENCES["fresh"], (learns, critics, (learns - heads) | transfers), strict=True))
     assert moved == [wanted[name] for name in SEQUENCES[order]]
     assert not any(name in afd.feature_optimizer.state for n, name in values.items() if n in heads)
+
+
+def test_gradients_reported_are_those_of_the_steps():
+    afd, lengths = method(*MIXED), {}
+    for name in ("discriminator", "feature"):
+
+        def look(optimizer, *_, name=name):
+            slopes = [
+                p.grad.flatten() for g in optimizer.param_groups for p in g["params"] if p.grad is not None
+            ]
+            lengths[f"{name}_gradient"] = torch.cat(slopes).norm()
+
+        getattr(afd, f"{name}_optimizer").register_step_pre_hook(look)
+    found = afd.step(*images())
+    for name, length in lengths.items():
+        torch.testing.assert_close(found[name], length, rtol=1e-4, atol=0)  # a sum of 10^5 squares
+
+
+def test_likeness_is_the_mean_over_links():
+    afd = method("resnet8", "resnet8", "resnet8", scheme="pairs")
+    maps = [torch.rand(4, 64, 2, 2, generator=stream(k)) for k in range(3)]
+    each = [compare_maps(maps[k], maps[j]) for k in range(3) for j in range(3) if j != k]
+    for name, value in _likeness(afd, maps).items():
+        torch.testing.assert_close(value, torch.stack([found[name] for found in each]).mean())
 
 
 def test_nobody_keeps_a_gradient():
@@ -687,6 +716,53 @@ def test_bfloat16_is_near_float32():
         assert rows[1][name] == pytest.approx(rows[0][name], rel=0.1)
 
 
+def test_a_step_by_itself_in_bfloat16_is_that_of_fit():
+    "Autocast's copies of weights are thrown away when an optimiser has moved them."
+    for order in ORDERS:
+        ours, fitted = (method(*MIXED, order=order, feature_lr=1e-3) for _ in range(2))
+        batch = images()
+        for part in modules(ours):  # as fit does
+            part.to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = ours.step(*batch)
+        row = fit(fitted, [batch], epochs=1, precision="bf16", progress="off").rows[-1]
+        for name in ("loss", "discriminator", "feature"):
+            assert found[name].item() == pytest.approx(row[name], abs=1e-7)
+        assert all(map(same, modules(ours), modules(fitted)))
+
+
+def test_values_of_bfloat16_maps_are_float32():
+    maps = torch.rand(4, 64, 4, 4, generator=stream(0)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Discriminator(64)(maps).dtype == torch.float32
+    afd = method(discriminator="none")
+    assert _feature_losses(afd, [maps, maps + 1])[0].dtype == torch.float32
+    afd = DML(nets("resnet8", "resnet8", "resnet8"), scheme="ensemble", alpha=1.0)
+    z, y = [torch.randn(8, 4, generator=stream(k)).bfloat16() for k in range(3)], images()[1]
+    wanted = mutual_loss(z[0], torch.stack([v.float() for v in z]).mean(0), y)
+    torch.testing.assert_close(_logit_losses(afd, z, y)[0], wanted, rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    "`compile` without a C++ compiler: the graphs, forward and backward, without their code."
+    usual = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, *a, **k: usual(self, *a, backend="aot_eager", **k))
+
+
+def test_compiled_networks_learn_the_same(traced):
+    "Compiled code gives the heads a gradient of zero, not none: weight decay must not reach them."
+    for order in ("fresh", "shared"):
+        found = []
+        for compiled in (True, False):
+            afd = method(order=order, feature_lr=1e-3)
+            fit(afd, batches(2), epochs=1, compile=compiled, progress="off")
+            heads = [p for net in afd.networks for p in net.linear.parameters()]
+            assert not any(p in afd.feature_optimizer.state for p in heads)
+            found.append(torch.cat([p.detach().flatten() for net in afd.networks for p in net.parameters()]))
+        torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+
+
 def test_only_one_network_is_exported(tmp_path):
     afd = method("resnet8", "wrn_10_2")
     fit(afd, batches(2), epochs=1, progress="off")
@@ -703,10 +779,37 @@ def test_layers_by_name():
     for layers in ("stage2", ["stage2", "stage2"]):
         afd = AFD(nets(), x, layers=layers)
         assert afd.transfers[0](torch.rand(1, 32, 4, 4)).shape == (1, 32, 4, 4)
-        _, found = receivers(afd, lambda: None)
         seen, _ = receivers(afd, lambda a=afd: a.step(*images()))
         assert not any(".stage3" in n for n in seen[-1][1]) and any(".stage2" in n for n in seen[-1][1])
     AFD(nets("wrn_10_1", "resnet8"), x, layers=["head.1", "stage3"]).step(*images())
+
+
+def test_learners_are_put_into_training():
+    afd = AFD([net.eval() for net in nets()], images(2)[0])
+    assert all(m.training for net in afd.networks for m in net.modules())
+
+
+def test_the_teacher_of_an_offline_scheme_keeps_its_maps():
+    "Nothing trains a transfer layer of a fixed network: its students adapt to its channels."
+    for names, channels in ((["wrn_10_2", "resnet8"], 64), (["resnet8", "wrn_10_2"], 128)):
+        afd = method(*names, scheme="offline", feature_lr=1e-3)
+        assert num_params(afd.transfers[1]) == 0 and num_params(afd.transfers[0]) > 0
+        assert afd.transfers[0](torch.rand(2, 192 - channels, 2, 2)).shape == (2, channels, 2, 2)
+        before = state(afd.transfers[0])
+        afd.step(*images())
+        assert all(not torch.equal(before[n], p) for n, p in afd.transfers[0].named_parameters())
+
+
+def test_extractors_that_are_frozen():
+    "Then only heads learn, and the feature step has nobody to move."
+    both = nets()
+    for net in both:
+        net.requires_grad_(False).linear.requires_grad_(True)
+    afd = AFD(both, images(2)[0], seed=0)
+    before = [net.linear.weight.detach().clone() for net in both]
+    assert afd.feature_optimizer is None
+    DML(both).step(*images())
+    assert not any(torch.equal(b, net.linear.weight) for b, net in zip(before, both, strict=True))
 
 
 def test_any_network_with_maps_will_do():

@@ -61,7 +61,7 @@ def test_results_are_the_recorded_ones():
         assert any(wanted in line for line in shown), wanted
 
 
-@pytest.mark.parametrize("name", ["20_bss", "21_abm", "22_ard", "24_tfkd"])
+@pytest.mark.parametrize("name", ["20_bss", "21_abm", "22_ard", "23_afd", "24_tfkd"])
 def test_grids_are_the_recorded_ones(name):
     "Each number of a grid in README, marked <!-- NAME --> or <!-- NAME: PRESET -->, is the recorded one."
     recorded = {}
