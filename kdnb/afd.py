@@ -28,13 +28,16 @@ def mutual_loss(
     "CE + alpha T^2 KL(peer || own) (Chung et al. 2020, L_logit; with T = 1 Zhang et al. 2018, DML)."
     return F.cross_entropy(logits, y) + alpha * kd_loss(logits, peer_logits, temperature)
 
-# %% ../nbs/23_afd.ipynb #0821a385
-def _peers(scheme, K):  # of whoever learns
-    if scheme == "offline": return {k: [K - 1] for k in range(K - 1)}
-    if scheme == "pairs": return {k: [j for j in range(K) if j != k] for k in range(K)}
-    return {k: [(k - 1) % K] for k in range(K)}   # for "ensemble": of the maps
+# %% ../nbs/23_afd.ipynb #be51d6ae
+def _peers(scheme, n):  # of whoever learns
+    if scheme == "offline": return {k: [n - 1] for k in range(n - 1)}
+    if scheme == "pairs": return {k: [j for j in range(n) if j != k] for k in range(n)}
+    return {k: [(k - 1) % n] for k in range(n)}   # for "ensemble": of the maps
 
-# %% ../nbs/23_afd.ipynb #dd5d341f
+# %% ../nbs/23_afd.ipynb #67e484ab
+def _full(v):  # at least float32: squares and sums of bfloat16 lose too much
+    return v.float() if v.dtype in (torch.bfloat16, torch.float16) else v
+
 def _logit_losses(method, logits, y):  # one for each that learns
     _check_classes(logits)
     targets, losses = [z.detach() for z in logits], []
@@ -92,7 +95,7 @@ class DML:
         "Move the learning rates on."
         for schedule in self.schedules: schedule.step()
 
-# %% ../nbs/23_afd.ipynb #187dbf78
+# %% ../nbs/23_afd.ipynb #ff9cc7ca
 def _weights(optimizer): return [p for g in optimizer.param_groups for p in g["params"]] if optimizer else []
 
 def _update(optimizer, loss):
@@ -106,7 +109,7 @@ def _move(optimizer):
     optimizer.zero_grad(); torch.clear_autocast_cache()     # it holds the weights of before
     return length
 
-# %% ../nbs/23_afd.ipynb #1565a998
+# %% ../nbs/23_afd.ipynb #b2c8e474
 def _check_networks(networks, scheme):
     _check_name("scheme", scheme, "cyclic", "pairs", "ensemble", "offline")
     if (different := len(set(map(id, networks)))) < max(2, len(networks)):
@@ -121,7 +124,13 @@ def _check_numbers(**values):
         if not 0 <= value < float("inf") or (rule == ">" and not value):
             raise ValueError(f"{name} must be a finite number {rule} 0, got {value}")
 
-# %% ../nbs/23_afd.ipynb #5b627c6f
+# %% ../nbs/23_afd.ipynb #acc68f09
+def _smaller(channels, width):  # half the height and width
+    # padded apart: on a CPU torch 2.15 gives random bfloat16 gradients for a padded stride over one pixel
+    conv = nn.Conv2d(channels, width, 3, stride=2, bias=False)
+    return nn.ZeroPad2d(1), conv, nn.BatchNorm2d(width, track_running_stats=False), nn.LeakyReLU(0.2)
+
+# %% ../nbs/23_afd.ipynb #c87afa91
 class Discriminator(nn.Module):
     "Whose map is it? Strided convolutions to one value an image (after Chung et al. 2020; layers are ours)."
     # sources: 1, or how many networks one discriminator tells apart
@@ -138,16 +147,7 @@ class Discriminator(nn.Module):
         scores = _full(self.layers(maps)).mean((2, 3))
         return scores[:, 0].sigmoid() if scores.shape[1] == 1 else scores
 
-# %% ../nbs/23_afd.ipynb #ec655fed
-def _smaller(channels, width):  # half the height and width
-    # padded apart: torch 2.15 on a CPU has a bfloat16 gradient of chance for strides over one padded pixel
-    conv = nn.Conv2d(channels, width, 3, stride=2, bias=False)
-    return nn.ZeroPad2d(1), conv, nn.BatchNorm2d(width, track_running_stats=False), nn.LeakyReLU(0.2)
-
-def _full(v):  # at least float32: squares and sums of bfloat16 lose too much
-    return v.float() if v.dtype in (torch.bfloat16, torch.float16) else v
-
-# %% ../nbs/23_afd.ipynb #b91d6f5b
+# %% ../nbs/23_afd.ipynb #9d55638e
 class TransferLayer(nn.Module):
     "Takes maps to another number of channels; nothing at all if they agree (Chung et al. 2020, T_k)."
     # the layers, a 1 x 1 convolution, batch norm (of the batch, always) and ReLU, are ours
@@ -160,7 +160,7 @@ class TransferLayer(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:  # (B, C, H, W) to (B, out_channels, H, W); gradient flows
         return self.layers(maps)
 
-# %% ../nbs/23_afd.ipynb #351ecbd6
+# %% ../nbs/23_afd.ipynb #fd7681b9
 def discriminator_loss(
     real: Tensor,   # (B,) in [0, 1]: a discriminator's values for the peer's maps; gradient flows
     fake: Tensor,   # (B,) in [0, 1]: for the own maps; gradient flows
@@ -170,7 +170,7 @@ def discriminator_loss(
         raise ValueError(f"values must be (B,) alike, got {tuple(real.shape)} and {tuple(fake.shape)}")
     return (1 - _full(real)).square().mean() + _full(fake).square().mean()
 
-# %% ../nbs/23_afd.ipynb #fed45bbb
+# %% ../nbs/23_afd.ipynb #069fd533
 def feature_loss(
     fake: Tensor,   # (B,) in [0, 1]: a discriminator's values for the own maps; gradient flows
 ) -> Tensor:        # scalar in [0, 1]
@@ -178,7 +178,7 @@ def feature_loss(
     if fake.ndim != 1: raise ValueError(f"values must be (B,), got {tuple(fake.shape)}")
     return (1 - _full(fake)).square().mean()
 
-# %% ../nbs/23_afd.ipynb #2a667268
+# %% ../nbs/23_afd.ipynb #62a4b0cb
 def compare_maps(
     first: Tensor,         # (B, D, H, W) maps of one network
     second: Tensor,        # (B, D, H, W) those of another, of the same images
@@ -190,7 +190,7 @@ def compare_maps(
     distance = torch.linalg.vector_norm(first - second, dim=1).mean()
     return {"cosine": F.cosine_similarity(first, second).mean(), "distance": distance}
 
-# %% ../nbs/23_afd.ipynb #fc337bea
+# %% ../nbs/23_afd.ipynb #0e69bc80
 class AFD(DML):
     "Networks that also fool each other's discriminators: maps alike in distribution (Chung et al. 2020)."
 
@@ -231,13 +231,13 @@ class AFD(DML):
         "One iteration on x (B, C, H, W) in [0, 1] and y (B,); who moves when, `order` says."
         return _afd_step(self, x, y) if self.beta else super().step(x, y)
 
-# %% ../nbs/23_afd.ipynb #82448463
+# %% ../nbs/23_afd.ipynb #444a512f
 def _check_afd(discriminator, order, layers, networks):
     _check_name("discriminator", discriminator, "each", "one", "none")
     _check_name("order", order, "shared", "fresh", "joint")
     if (n := len(networks)) != len(layers): raise ValueError(f"layers must be one name or {n}, got {layers}")
 
-# %% ../nbs/23_afd.ipynb #540af9f8
+# %% ../nbs/23_afd.ipynb #5c51aa90
 def _build(method, example, seed):  # transfer layers and discriminators; returns the weights that shape maps
     widths, bodies = _try_out(method, example)
     width = widths[-1] if method.scheme == "offline" else max(widths)   # a fixed teacher's maps stay so
@@ -252,7 +252,7 @@ def _adam(modules, lr, decay, more=()):
     weights = [*more, *nn.ModuleList(modules).parameters()]
     return torch.optim.Adam(weights, lr, weight_decay=decay, fused=True) if weights else None
 
-# %% ../nbs/23_afd.ipynb #cebb8208
+# %% ../nbs/23_afd.ipynb #1b17e379
 def _try_out(method, example):  # channels of all maps, weights that shape them; raises if they do not fit
     weights = _weights(method.optimizer)
     with frozen(nn.ModuleList(method.networks)), torch.compiler.set_stance("force_eager"):
@@ -275,14 +275,14 @@ def _answer(net, x, layer):
     logits, maps = features(net, x, layer)
     return logits, [*maps.values()][-1]
 
-# %% ../nbs/23_afd.ipynb #183359fe
+# %% ../nbs/23_afd.ipynb #e5469ece
 def _choice(networks, x):  # in words: the maps there are
     found = [", ".join(f"{name} {_size(m)}" for name, m in features(net, x)[1].items()) for net in networks]
     return "; ".join(f"network {k}: {names}" for k, names in enumerate(found, 1))
 
 def _size(m): return " x ".join(map(str, m.shape[2:] if m.ndim == 4 else m.shape))
 
-# %% ../nbs/23_afd.ipynb #6e02622e
+# %% ../nbs/23_afd.ipynb #d20cde9b
 def _afd_step(method, x, y):
     logits, maps = _answers(method, x)
     losses = _logit_losses(method, logits, y)
@@ -295,7 +295,7 @@ def _afd_step(method, x, y):
     length = _feature_step(method, sum(losses), method.beta * sum(parts))
     return found | {"feature": _mean(parts), "feature_gradient": length} | _likeness(method, maps)
 
-# %% ../nbs/23_afd.ipynb #e196b4e9
+# %% ../nbs/23_afd.ipynb #523943cb
 def _discriminator_step(method, maps):
     if not method.discriminators: return {}
     losses, right = _judge(method, [m.detach() for m in maps])
@@ -314,7 +314,7 @@ def _judge(method, maps):  # losses, and where the discriminators are right
 
 def _told(scores, k): return -scores.log_softmax(1)[:, k].mean()   # cross-entropy with source k
 
-# %% ../nbs/23_afd.ipynb #ee60aeed
+# %% ../nbs/23_afd.ipynb #627cab73
 def _feature_losses(method, maps):  # one for each that learns, mean over its peers, which are constants
     if method.discriminator == "each":
         links = zip(method.discriminators, method.links, strict=True)
@@ -331,7 +331,7 @@ def _likeness(method, maps):
     each = [compare_maps(maps[k], maps[j]) for k, j in method.links]
     return {name: _mean([values[name] for values in each]) for name in each[0]}
 
-# %% ../nbs/23_afd.ipynb #297c02d0
+# %% ../nbs/23_afd.ipynb #0c5d8c39
 def _feature_step(method, logit, feature):  # and the logit step, if it is still to come
     theirs = _weights(method.feature_optimizer)
     if method.order == "fresh": return _update(method.feature_optimizer, feature)
