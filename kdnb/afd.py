@@ -252,7 +252,7 @@ def _adam(modules, lr, decay, more=()):
     weights = [*more, *nn.ModuleList(modules).parameters()]
     return torch.optim.Adam(weights, lr, weight_decay=decay, fused=True) if weights else None
 
-# %% ../nbs/23_afd.ipynb #1b17e379
+# %% ../nbs/23_afd.ipynb #0d4fa813
 def _try_out(method, example):  # channels of all maps, weights that shape them; raises if they do not fit
     weights = _weights(method.optimizer)
     with frozen(nn.ModuleList(method.networks)), torch.compiler.set_stance("force_eager"):
@@ -263,9 +263,9 @@ def _try_out(method, example):  # channels of all maps, weights that shape them;
         if any(m.ndim != 4 for m in maps) or len({m.shape[2:] for m in maps}) > 1:
             rule = f"maps must be 4-D, of equal height and width, got {' and '.join(map(_size, maps))}"
             raise ValueError(f"{rule}; choose layers= among {_choice(method.networks, example)}")
-        seen = [m.sum() for m in maps if m.requires_grad]
-        slopes = torch.autograd.grad(seen, weights, allow_unused=True) if seen else ()
-    return [m.shape[1] for m in maps], [p for p, s in zip(weights, slopes, strict=False) if s is not None]
+        if not (seen := [m.sum() for m in maps if m.requires_grad]): raise ValueError("all maps are frozen")
+        slopes = torch.autograd.grad(seen, weights, allow_unused=True)
+    return [m.shape[1] for m in maps], [p for p, s in zip(weights, slopes, strict=True) if s is not None]
 
 def _answers(method, x):  # logits and maps, two lists
     both = zip(method.networks, method.layers, strict=True)

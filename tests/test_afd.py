@@ -800,16 +800,23 @@ def test_the_teacher_of_an_offline_scheme_keeps_its_maps():
         assert all(not torch.equal(before[n], p) for n, p in afd.transfers[0].named_parameters())
 
 
-def test_extractors_that_are_frozen():
-    "Then only heads learn, and the feature step has nobody to move."
+@pytest.mark.parametrize("order", ORDERS)
+def test_extractors_that_are_frozen(order):
+    "One of two: the other learns from it. Both: there is nothing for the feature step."
     both = nets()
-    for net in both:
-        net.requires_grad_(False).linear.requires_grad_(True)
-    afd = AFD(both, images(2)[0], seed=0)
-    before = [net.linear.weight.detach().clone() for net in both]
-    assert afd.feature_optimizer is None
-    DML(both).step(*images())
-    assert not any(torch.equal(b, net.linear.weight) for b, net in zip(before, both, strict=True))
+    both[0].requires_grad_(False).linear.requires_grad_(True)
+    afd = AFD(both, images(2)[0], order=order, feature_lr=1e-3, seed=0)
+    before = [state(net) for net in both]
+    afd.step(*images())
+    moved = [
+        {n for n, p in net.named_parameters() if not p.equal(b[n])}
+        for net, b in zip(both, before, strict=True)
+    ]
+    assert moved[0] == {"linear.weight", "linear.bias"}
+    assert moved[1] == {n for n, _ in both[1].named_parameters()}
+    both[1].requires_grad_(False).linear.requires_grad_(True)
+    with pytest.raises(ValueError, match="frozen"):
+        AFD(both, images(2)[0], order=order)
 
 
 def test_any_network_with_maps_will_do():
