@@ -10,7 +10,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from bench_attacks import network, noise
-from bench_training import begin, compare, rounds_asked
+from bench_training import begin, compare, in_bf16, rounds_asked
 from torch import nn
 
 from kdnb.abm import ABM, Generator, transition_curves
@@ -61,13 +61,9 @@ def bench_iteration(rounds, teacher_name, student_name, batch_size, target=""):
     for net in (abm.student, abm.teacher, abm.generator):
         net.to(memory_format=torch.channels_last)
 
-    def in_bf16():
-        with torch.autocast("cpu", torch.bfloat16):
-            abm.step()
-
     what = f"ABM iteration, {teacher_name} > {student_name}, {batch_size} images"
     compare(what, abm.step, plain.step, rounds)
-    compare("the same in bfloat16 / float32", in_bf16, plain.step, rounds, target=target)
+    compare("the same in bfloat16 / float32", in_bf16(abm), plain.step, rounds, target=target)
 
 
 def one_at_a_time(model, other, x, classes, steps):

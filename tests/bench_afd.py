@@ -12,7 +12,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from bench_attacks import noise
-from bench_training import begin, clock, compare, report, rounds_asked
+from bench_training import begin, clock, compare, in_bf16, report, rounds_asked
 
 from kdnb.afd import AFD, DML, _discriminator_step, _feature_losses, _update
 from kdnb.models import create_model, features
@@ -142,12 +142,7 @@ def bench_iteration(rounds, name, order, target=""):
         net.to(memory_format=torch.channels_last)
     quick = AFD(quick, x, order=order, beta=ours.beta, seed=0)
     wide = x.contiguous(memory_format=torch.channels_last)
-
-    def in_bf16():
-        with torch.autocast("cpu", torch.bfloat16):
-            quick.step(wide, y)
-
-    compare("bfloat16, channels last / ours in float32", in_bf16, step, rounds)
+    compare("bfloat16, channels last / ours in float32", in_bf16(quick, wide, y), step, rounds)
 
 
 def bench_discriminators(rounds, name):

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from bench_attacks import task
-from bench_training import begin, compare, rounds_asked
+from bench_training import begin, compare, in_bf16, rounds_asked
 
 from kdnb.bss import BSS, bss_attack, bss_loss, bss_weights, sample_target, select_base
 from kdnb.models import fold_batchnorm
@@ -136,13 +136,9 @@ def bench_step(rounds):
         net.to(memory_format=torch.channels_last)
     wide = x.contiguous(memory_format=torch.channels_last)
 
-    def in_bf16():
-        with torch.autocast("cpu", torch.bfloat16):
-            method.step(wide, y)
-
     peer = partial(plain.step, x, y)
     compare("BSS step, resnet26 > resnet8, 64 of 256", partial(method.step, wide, y), peer, rounds)
-    compare("the same in bfloat16 / float32", in_bf16, peer, rounds, target=">= 3")
+    compare("the same in bfloat16 / float32", in_bf16(method, wide, y), peer, rounds, target=">= 3")
 
 
 def bench_targets(rounds):

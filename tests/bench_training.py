@@ -62,6 +62,19 @@ def compare(work, ours, peer, rounds, flops=0.0, peak=1.0, target=""):
     report(work, [p / o for o, p in times], target, share)
 
 
+def in_bf16(method, *data):
+    "A step in bfloat16 as `fit` makes it: weights are cast anew once an optimiser has moved them."
+    for part in vars(method).values():
+        if isinstance(part, torch.optim.Optimizer):
+            part.register_step_post_hook(lambda *_: torch.clear_autocast_cache())
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            method.step(*data)
+
+    return step
+
+
 def random_images(n, channels, size):
     g = torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, (n, channels, size, size), dtype=torch.uint8, generator=g)
