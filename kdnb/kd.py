@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .training import sgd
+from .checks import check_choice, check_numbers, full, logits_of
+from .training import freeze, kl_divergence, sgd, train_mode, update
 
 # %% ../nbs/10_kd.ipynb #eae95900
 def kd_loss(
@@ -22,16 +23,10 @@ def kd_loss(
     reduction: str = "batchmean",   # "batchmean" is the KL; "mean" also divides by K, as official codes do
 ) -> Tensor:                        # scalar, nats
     "T^2 KL(teacher || student) of softened outputs (Hinton et al. 2015, sec. 2)."
-    if temperature <= 0: raise ValueError(f"temperature must be > 0, got {temperature}")
-    if student_logits.shape != teacher_logits.shape:
-        shapes = f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
-        raise ValueError(f"student and teacher logits must have the same shape (B, K), got {shapes}")
-    if reduction not in ("batchmean", "mean"):
-        raise ValueError(f"reduction must be batchmean or mean, got {reduction!r}")
-    log_student = F.log_softmax(student_logits / temperature, dim=1)
-    log_teacher = F.log_softmax(teacher_logits / temperature, dim=1)
-    divergence = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
-    return temperature**2 * (divergence if reduction == "batchmean" else divergence / student_logits.shape[1])
+    check_numbers("> 0", temperature=temperature)
+    student_logits, teacher_logits = full(student_logits), full(teacher_logits)
+    soft = kl_divergence(student_logits / temperature, teacher_logits / temperature, reduction)
+    return temperature**2 * soft
 
 # %% ../nbs/10_kd.ipynb #f15a5567
 class KD:
@@ -50,22 +45,21 @@ class KD:
         weight_decay: float = 5e-4,
         schedule: Callable | None = None,   # optimiser -> scheduler, stepped once an epoch
     ):
-        if temperature <= 0: raise ValueError(f"temperature must be > 0, got {temperature}")
-        if not 0 <= alpha <= 1: raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
-        self.student, self.teacher = student.train(), teacher.eval().requires_grad_(False)
+        check_numbers("> 0", temperature=temperature), check_numbers("in [0, 1]", alpha=alpha)
+        check_choice(("batchmean", "mean"), reduction=reduction)
+        self.student, self.teacher = train_mode(student), freeze(teacher, student)
         self.temperature, self.alpha, self.reduction = temperature, alpha, reduction
         self.optimizer = sgd(student, lr, momentum, weight_decay)
         self.schedule = schedule(self.optimizer) if schedule else None
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         "One update on x (B, C, H, W) in [0, 1] and y (B,); `loss` = (1 - alpha) hard + alpha soft."
-        with torch.no_grad(): teacher_logits = self.teacher(x)
-        student_logits = self.student(x)
+        with torch.no_grad(): teacher_logits = logits_of(self.teacher(x), len(x))
+        student_logits = full(logits_of(self.student(x), len(x)))
         soft = kd_loss(student_logits, teacher_logits, self.temperature, self.reduction)
         hard = F.cross_entropy(student_logits, y)
         loss = (1 - self.alpha) * hard + self.alpha * soft
-        loss.backward()
-        self.optimizer.step(); self.optimizer.zero_grad()
+        update(self.optimizer, loss)
         return {"loss": loss.detach(), "hard": hard.detach(), "soft": soft.detach()}
 
     def end_epoch(self, epoch: int) -> None:

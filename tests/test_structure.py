@@ -113,8 +113,10 @@ def number(name):
 
 
 def floor(name):
-    """00-02 data, models, attacks; 03-05 training, evaluation, runs; 06 the runner, which stands on runs and
-    which no notebook needs; 1x and 2x papers; 3x comparisons."""
+    """00_checks is the ground; 00-02 data, models, attacks; 03-05 training, evaluation, runs; 06 the runner,
+    which stands on runs and which no notebook needs; 1x and 2x papers; 3x comparisons."""
+    if name == "00_checks":
+        return -1
     return 0 if number(name) <= 2 else 1 if number(name) <= 5 else max(2, number(name) // 10 + 1)
 
 
@@ -157,7 +159,8 @@ def test_name_is_number_and_name(name):
 
 
 def test_numbers_and_modules_are_unique():
-    assert len({number(n) for n in NOTEBOOKS}) == len(NOTEBOOKS), f"a number twice: {list(NOTEBOOKS)}"
+    numbers = [number(n) for n in NOTEBOOKS if n != "00_checks"]  # the ground, below 00_data
+    assert len(set(numbers)) == len(numbers), f"a number twice: {list(NOTEBOOKS)}"
     exported = [m for m in map(module_of, NOTEBOOKS) if m]
     assert len(set(exported)) == len(exported), f"two notebooks export one module: {sorted(exported)}"
 
@@ -282,8 +285,8 @@ def test_heavy_imports_are_inside_functions(module):
 
 @each_module
 def test_import_stays_light(module):
-    "In a fresh process nothing heavy is loaded beyond torch; runs and runner do not even need that."
-    light = module in ("runs", "runner")
+    "In a fresh process nothing heavy is loaded beyond torch; checks, runs and runner do not even need that."
+    light = module in ("checks", "runs", "runner")
     before = "import sys" if light else "import sys, torch"
     code = f"{before}; old = set(sys.modules); import kdnb.{module}; print(*(set(sys.modules) - old))"
     done = run(sys.executable, "-c", code, cwd=ROOT)
@@ -377,7 +380,7 @@ def test_results_are_one_card_per_line():
 def test_exported_size(module):
     name = MODULES[module]
     size = sum(statement_lines(s) for s in sources(name) if is_exported(s))
-    limit = 250 if name in PAPERS else 410  # machinery below 10 has more parts, each small
+    limit = 250 if name in PAPERS else 450  # machinery below 10 has more parts, each small
     assert size <= limit, f"{name}: {size} exported code lines, at most {limit}"
     names = public(module)
     assert 2 <= len(names) <= 14, f"{name}: {len(names)} public names, 2 to 14 allowed: {names}"
