@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from .attacks import attack_name, pgd
+from .checks import check_choice, check_numbers, full, logits_of
 from .kd import kd_loss
 from .robust import attacked, ready_attack
-from .training import sgd
+from .training import freeze, sgd, train_mode, update
 
 # %% ../nbs/22_ard.ipynb #719b5105
 def ard_loss(
@@ -36,15 +37,14 @@ def ard_loss(
     if alpha == 1: return soft
     if clean_logits is None or y is None:
         raise ValueError(f"alpha < 1 needs clean_logits and y, got alpha {alpha}")
-    hard = F.cross_entropy(clean_logits / (label_temperature or temperature), y)
+    hard = F.cross_entropy(full(clean_logits) / (label_temperature or temperature), y)
     return alpha * soft + (1 - alpha) * hard
 
 # %% ../nbs/22_ard.ipynb #7238ad66
 def _check_weights(temperature, alpha, label_temperature=None):
-    if temperature <= 0: raise ValueError(f"temperature must be > 0, got {temperature}")
-    if not 0 <= alpha <= 1: raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
-    if label_temperature is not None and label_temperature <= 0:
-        raise ValueError(f"label_temperature must be > 0, got {label_temperature}")
+    check_numbers("in [0, 1]", alpha=alpha)
+    usual = temperature if label_temperature is None else label_temperature
+    check_numbers("> 0", temperature=temperature, label_temperature=usual)
 
 # %% ../nbs/22_ard.ipynb #dedba0dd
 _VARIANTS = {
@@ -53,7 +53,7 @@ _VARIANTS = {
 }
 
 def _variant(name):
-    if name not in _VARIANTS: raise ValueError(f"variant must be paper or official, got {name!r}")
+    check_choice(_VARIANTS, variant=name)
     return _VARIANTS[name]
 
 # %% ../nbs/22_ard.ipynb #c7e7e435
@@ -74,11 +74,9 @@ def ard_schedule(
 _PGD10 = partial(pgd, eps=8 / 255, step_size=2 / 255, steps=10)
 
 def _check_choices(inner, teacher_sees, clean_target, reduction):
-    for name, value, choices in (("inner", inner, ("labels", "teacher")),
-                                 ("teacher_sees", teacher_sees, ("clean", "adversarial")),
-                                 ("clean_target", clean_target, ("labels", "teacher")),
-                                 ("reduction", reduction or "mean", ("batchmean", "mean"))):
-        if value not in choices: raise ValueError(f"{name} must be {' or '.join(choices)}, got {value!r}")
+    check_choice(("labels", "teacher"), inner=inner, clean_target=clean_target)
+    check_choice(("clean", "adversarial"), teacher_sees=teacher_sees)
+    check_choice(("batchmean", "mean"), reduction=reduction or "mean")
 
 # %% ../nbs/22_ard.ipynb #3f4bb8d6
 class ARD:
@@ -108,16 +106,15 @@ class ARD:
         mode, self.attack_name = attack_mode or chosen["attack_mode"], attack_name(attack)
         self.attack = ready_attack(attack, mode, fold)
         self.inner, self.teacher_sees, self.clean_target = inner, teacher_sees, clean_target
-        self.temperature, self.alpha, self.student = temperature, alpha, student.train()
-        self.teacher = teacher.eval().requires_grad_(False)
+        self.temperature, self.alpha = temperature, alpha
+        self.student, self.teacher = train_mode(student), freeze(teacher, student)
         self.optimizer = sgd(student, lr, momentum, weight_decay)
         self.schedule = schedule(self.optimizer) if schedule else None
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         "One update on x (B, C, H, W) in [0, 1] and y (B,); `loss` = alpha soft + (1 - alpha) hard."
         loss = _ard_step_loss(self, x, y)
-        loss.backward()
-        self.optimizer.step(); self.optimizer.zero_grad()
+        update(self.optimizer, loss)
         return {"loss": loss.detach()}
 
     def end_epoch(self, epoch: int) -> None:
@@ -126,13 +123,13 @@ class ARD:
 
 # %% ../nbs/22_ard.ipynb #2f12899b
 def _ard_step_loss(method, x, y):
-    with torch.no_grad(): teacher_logits = method.teacher(x).float()
+    with torch.no_grad(): teacher_logits = full(logits_of(method.teacher(x), len(x)))
     x_adv = attacked(method, x, teacher_logits if method.inner == "teacher" else y)
     target = teacher_logits
     if method.teacher_sees == "adversarial":
-        with torch.no_grad(): target = method.teacher(x_adv).float()
-    adv_logits, chosen = method.student(x_adv), _variant(method.variant)
-    clean_logits = method.student(x) if method.alpha < 1 or chosen["always_clean"] else None
+        with torch.no_grad(): target = full(logits_of(method.teacher(x_adv), len(x)))
+    adv_logits, chosen = logits_of(method.student(x_adv), len(x)), _variant(method.variant)
+    clean_logits = logits_of(method.student(x)) if method.alpha < 1 or chosen["always_clean"] else None
     if method.clean_target == "labels":
         return ard_loss(adv_logits, target, clean_logits, y, method.temperature, method.alpha,
                         method.reduction, chosen["label_temperature"])

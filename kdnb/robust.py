@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .attacks import attack_name, pgd
+from .checks import check_choice, check_numbers, full, logits_of
 from .data import Images
 from .evaluation import robust_accuracy
 from .models import fold_batchnorm
-from .training import accuracy, sgd
+from .training import accuracy, kl_divergence, sgd, train_mode, update
 
 # %% ../nbs/12_robust.ipynb #848d11a5
 _PGD10 = partial(pgd, eps=8 / 255, step_size=2 / 255, steps=10)
@@ -31,8 +32,7 @@ def ready_attack(
     fold: bool = False,      # whether a folded copy will be attacked: needs eval mode
 ) -> Callable:               # (model, x, y) -> x_adv
     "An attack for training, its mode checked and set; for the `__init__` of a method."
-    if mode not in (None, "eval", "train", "found"):
-        raise ValueError(f"attack_mode must be eval, train, found or None, got {mode!r}")
+    check_choice(("eval", "train", "found", None), attack_mode=mode)
     used = mode or getattr(attack, "keywords", {}).get("mode", "eval")
     if fold and used != "eval": raise ValueError(f"fold=True needs an attack in eval mode, got {used!r}")
     return partial(attack, mode=mode) if mode else attack
@@ -64,16 +64,15 @@ class PGDAT:
     ):
         self.attack, self.fold = ready_attack(attack, attack_mode, fold), fold
         self.attack_name = attack_name(attack)
-        self.student = student.train()
+        self.student = train_mode(student)
         self.optimizer = sgd(student, lr, momentum, weight_decay)
         self.schedule = schedule(self.optimizer) if schedule else None
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         "One update on x (B, C, H, W) in [0, 1] and y (B,); `adv_accuracy` is that on the images trained on."
-        logits = self.student(attacked(self, x, y))
+        logits = full(logits_of(self.student(attacked(self, x, y)), len(x)))
         loss = F.cross_entropy(logits, y)
-        loss.backward()
-        self.optimizer.step(); self.optimizer.zero_grad()
+        update(self.optimizer, loss)
         return {"loss": loss.detach(), "adv_accuracy": (logits.argmax(1) == y).float().mean()}
 
     def end_epoch(self, epoch: int) -> None:
@@ -89,23 +88,9 @@ def trades_loss(
     reduction: str = "batchmean",   # "batchmean" is the KL, as in the official code; "mean" divides it by K
 ) -> Tensor:                        # scalar, nats
     "CE(clean, y) + beta KL(clean || adv) (Zhang et al. 2019, sec. 4)."
-    _check_trades(clean_logits, adv_logits, beta, reduction)
-    return F.cross_entropy(clean_logits, y) + beta * _divergence(clean_logits, adv_logits, reduction)
-
-# %% ../nbs/12_robust.ipynb #dc783e92
-def _divergence(clean_logits, adv_logits, reduction):
-    log_clean, log_adv = F.log_softmax(clean_logits, dim=1), F.log_softmax(adv_logits, dim=1)
-    kl = F.kl_div(log_adv, log_clean, reduction="batchmean", log_target=True)
-    return kl if reduction == "batchmean" else kl / clean_logits.shape[1]
-
-# %% ../nbs/12_robust.ipynb #d628f93c
-def _check_trades(clean_logits, adv_logits, beta, reduction):
-    if beta < 0: raise ValueError(f"beta must be >= 0, got {beta}")
-    if reduction not in ("batchmean", "mean"):
-        raise ValueError(f"reduction must be batchmean or mean, got {reduction!r}")
-    if clean_logits.shape != adv_logits.shape:
-        shapes = f"{tuple(clean_logits.shape)} and {tuple(adv_logits.shape)}"
-        raise ValueError(f"clean and adversarial logits must have the same shape (B, K), got {shapes}")
+    check_numbers(">= 0", beta=beta)
+    boundary = kl_divergence(adv_logits, clean_logits, reduction)
+    return F.cross_entropy(full(clean_logits), y) + beta * boundary
 
 # %% ../nbs/12_robust.ipynb #786896f6
 class TRADES:
@@ -124,13 +109,12 @@ class TRADES:
         lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 2e-4,
         schedule: Callable | None = None,   # optimiser -> scheduler, stepped once an epoch
     ):
-        if forwards not in ("official", "two", "joint"):
-            raise ValueError(f"forwards must be official, two or joint, got {forwards!r}")
-        _check_trades(torch.zeros(1, 1), torch.zeros(1, 1), beta, reduction)
+        check_choice(("official", "two", "joint"), forwards=forwards), check_numbers(">= 0", beta=beta)
+        check_choice(("batchmean", "mean"), reduction=reduction)
         self.attack, self.fold = ready_attack(attack, attack_mode, fold), fold
         self.attack_name = attack_name(attack)
         self.beta, self.reduction, self.forwards = beta, reduction, forwards
-        self.student = student.train()
+        self.student = train_mode(student)
         self.optimizer = sgd(student, lr, momentum, weight_decay)
         self.schedule = schedule(self.optimizer) if schedule else None
 
@@ -138,10 +122,9 @@ class TRADES:
         "One update on x (B, C, H, W) in [0, 1] and y (B,); `loss` = natural + beta boundary."
         clean_logits, adv_logits = _two_answers(self.student, x, attacked(self, x, y), self.forwards)
         natural = F.cross_entropy(clean_logits, y)
-        boundary = _divergence(clean_logits, adv_logits, self.reduction)
+        boundary = kl_divergence(adv_logits, clean_logits, self.reduction)
         loss = natural + self.beta * boundary
-        loss.backward()
-        self.optimizer.step(); self.optimizer.zero_grad()
+        update(self.optimizer, loss)
         adv_accuracy = (adv_logits.argmax(1) == y).float().mean()
         found = {"loss": loss, "natural": natural, "boundary": boundary, "adv_accuracy": adv_accuracy}
         return {name: value.detach() for name, value in found.items()}
@@ -153,8 +136,8 @@ class TRADES:
 # %% ../nbs/12_robust.ipynb #694fcab2
 def _two_answers(student, x, x_adv, forwards):
     "Logits on x and on x_adv, in the order of the official code if wanted."
-    if forwards == "joint": return student(torch.cat([x, x_adv])).chunk(2)
-    clean_logits, adv_logits = student(x), student(x_adv)
+    if forwards == "joint": return full(logits_of(student(torch.cat([x, x_adv])), 2 * len(x))).chunk(2)
+    clean_logits, adv_logits = (full(logits_of(student(v), len(x))) for v in (x, x_adv))
     if forwards == "official" and any(isinstance(m, _BatchNorm) for m in student.modules()):
         with torch.no_grad(): student(x)    # the same logits again; only running averages move
     return clean_logits, adv_logits
