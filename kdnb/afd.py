@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attacks import frozen
+from .checks import check_alike, check_apart, check_choice, check_logits, check_numbers, full, logits_of
 from .kd import kd_loss
 from .models import features, num_params, seeded
-from .training import sgd
+from .training import freeze, sgd, train_mode, update
 
 # %% ../nbs/23_afd.ipynb #480a9ab2
 def mutual_loss(
@@ -26,6 +27,8 @@ def mutual_loss(
     alpha: float = 1.0,         # >= 0: weight of the peer; 1 in the paper
 ) -> Tensor:                    # scalar, nats
     "CE + alpha T^2 KL(peer || own) (Chung et al. 2020, L_logit; with T = 1 Zhang et al. 2018, DML)."
+    check_numbers(">= 0", alpha=alpha), check_logits(logits=logits, peer_logits=peer_logits)
+    logits = full(logits)
     return F.cross_entropy(logits, y) + alpha * kd_loss(logits, peer_logits, temperature)
 
 # %% ../nbs/23_afd.ipynb #be51d6ae
@@ -35,21 +38,17 @@ def _peers(scheme, n):  # of whoever learns
     return {k: [(k - 1) % n] for k in range(n)}   # for "ensemble": of the maps
 
 # %% ../nbs/23_afd.ipynb #67e484ab
-def _full(v):  # at least float32: squares and sums of bfloat16 lose too much
-    return v.float() if v.dtype in (torch.bfloat16, torch.float16) else v
-
 def _logit_losses(method, logits, y):  # one for each that learns
     _check_classes(logits)
+    logits = [full(z) for z in logits]
     targets, losses = [z.detach() for z in logits], []
-    if method.scheme == "ensemble": targets = [_full(torch.stack(targets)).mean(0)] * len(targets)
+    if method.scheme == "ensemble": targets = [torch.stack(targets).mean(0)] * len(targets)
     for k, peers in method.peers.items():
         each = [mutual_loss(logits[k], targets[j], y, method.temperature, method.alpha) for j in peers]
         losses.append(sum(each) / len(each))
     return losses
 
-def _check_classes(logits):
-    classes = [z.shape[1] for z in logits]
-    if len(set(classes)) > 1: raise ValueError(f"networks must agree on the number of classes, got {classes}")
+def _check_classes(logits): check_logits(**{f"network {k}": z for k, z in enumerate(logits, 1)})
 
 def _named(method, losses):  # loss_1 is that of the first network
     each = {f"loss_{k + 1}": loss.detach() for k, loss in zip(method.peers, losses, strict=True)}
@@ -74,21 +73,22 @@ class DML:
         schedule: Callable | None = None,   # optimiser -> scheduler, stepped once an epoch
     ):
         _check_networks(networks, scheme)
-        _check_numbers(temperature=temperature, alpha=alpha, lr=lr)
+        check_numbers("> 0", temperature=temperature, lr=lr), check_numbers(">= 0", alpha=alpha)
         self.scheme, self.temperature, self.alpha = scheme, float(temperature), float(alpha)
         self.peers = _peers(scheme, len(networks))   # who learns from whom, counted from 0
         self.links = [(k, j) for k, peers in self.peers.items() for j in peers]
         self.networks, self.student = list(networks), networks[0]
         self.build = f"parameters {[num_params(net) for net in networks]}"   # a checkpoint must agree
-        if scheme == "offline": networks[-1].eval().requires_grad_(False)
-        learners = nn.ModuleList([networks[k] for k in self.peers]).train()
-        self.optimizer = sgd(learners, lr, momentum, weight_decay)
+        if scheme == "offline": freeze(networks[-1])
+        learners = [networks[k] for k in self.peers]
+        train_mode(*learners)
+        self.optimizer = sgd(nn.ModuleList(learners), lr, momentum, weight_decay)
         self.schedules = [schedule(self.optimizer)] if schedule else []
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         "One update of all that learn, on x (B, C, H, W) in [0, 1], y (B,); peers' answers are constants."
-        losses = _logit_losses(self, [net(x) for net in self.networks], y)
-        _update(self.optimizer, sum(losses))
+        losses = _logit_losses(self, [logits_of(net(x), len(x)) for net in self.networks], y)
+        update(self.optimizer, sum(losses))
         return _named(self, losses)
 
     def end_epoch(self, epoch: int) -> None:
@@ -98,10 +98,11 @@ class DML:
 # %% ../nbs/23_afd.ipynb #ff9cc7ca
 def _weights(optimizer): return [p for g in optimizer.param_groups for p in g["params"]] if optimizer else []
 
-def _update(optimizer, loss):
-    "Gradients go to the weights of this optimiser and to nothing else; returns their length, a scalar."
-    loss.backward(inputs=_weights(optimizer))
-    return _move(optimizer)
+def _update(loss, *optimizers):
+    "Gradients go to the weights of these and to nothing else; returns their length for the last, a scalar."
+    for optimizer in filter(None, optimizers): optimizer.zero_grad()
+    loss.backward(inputs=sum(map(_weights, optimizers), []))
+    return [_move(optimizer) for optimizer in optimizers if optimizer][-1]
 
 def _move(optimizer):
     optimizer.step()     # among several processes `fit` takes the mean of their gradients here
@@ -111,18 +112,10 @@ def _move(optimizer):
 
 # %% ../nbs/23_afd.ipynb #b2c8e474
 def _check_networks(networks, scheme):
-    _check_name("scheme", scheme, "cyclic", "pairs", "ensemble", "offline")
+    check_choice(("cyclic", "pairs", "ensemble", "offline"), scheme=scheme)
     if (different := len(set(map(id, networks)))) < max(2, len(networks)):
         raise ValueError(f"networks must be 2 or more, all different, got {different} in {len(networks)}")
-
-def _check_name(what, name, *known):
-    if name not in known: raise ValueError(f"{what} must be one of {', '.join(known)}, got {name!r}")
-
-def _check_numbers(**values):
-    for name, value in values.items():
-        rule = ">" if name == "temperature" or name.endswith("lr") else ">="
-        if not 0 <= value < float("inf") or (rule == ">" and not value):
-            raise ValueError(f"{name} must be a finite number {rule} 0, got {value}")
+    for k, net in enumerate(networks): check_apart(net, *networks[:k])
 
 # %% ../nbs/23_afd.ipynb #acc68f09
 def _smaller(channels, width):  # half the height and width
@@ -137,14 +130,13 @@ class Discriminator(nn.Module):
     # its batch norm takes the statistics of the batch, always, and keeps none: small maps need two images
     def __init__(self, channels: int, sources: int = 1):
         super().__init__()
-        if not (type(channels) is type(sources) is int and channels > 0 and sources > 0):
-            raise ValueError(f"channels and sources must be whole numbers >= 1, got {channels}, {sources}")
+        check_numbers("whole >= 1", channels=channels, sources=sources)
         width = max(channels // 2, 16)
         self.layers = nn.Sequential(*_smaller(channels, width), *_smaller(width, width),
                                     nn.Conv2d(width, sources, 1))
 
     def forward(self, maps: Tensor) -> Tensor:  # (B, C, H, W) to (B,) in (0, 1), or (B, sources) raw scores
-        scores = _full(self.layers(maps)).mean((2, 3))
+        scores = full(self.layers(maps)).mean((2, 3))
         return scores[:, 0].sigmoid() if scores.shape[1] == 1 else scores
 
 # %% ../nbs/23_afd.ipynb #9d55638e
@@ -153,6 +145,7 @@ class TransferLayer(nn.Module):
     # the layers, a 1 x 1 convolution, batch norm (of the batch, always) and ReLU, are ours
     def __init__(self, channels: int, out_channels: int):
         super().__init__()
+        check_numbers("whole >= 1", channels=channels, out_channels=out_channels)
         norm = nn.BatchNorm2d(out_channels, track_running_stats=False)
         layers = nn.Conv2d(channels, out_channels, 1, bias=False), norm, nn.ReLU()
         self.layers = nn.Sequential(*layers if channels != out_channels else ())
@@ -166,17 +159,16 @@ def discriminator_loss(
     fake: Tensor,   # (B,) in [0, 1]: for the own maps; gradient flows
 ) -> Tensor:        # scalar in [0, 2]; 1/2 if it cannot tell
     "(1 - D(peer))^2 + D(own)^2: least squares, the peer is real (Chung et al. 2020, L_D)."
-    if real.shape != fake.shape or real.ndim != 1:
-        raise ValueError(f"values must be (B,) alike, got {tuple(real.shape)} and {tuple(fake.shape)}")
-    return (1 - _full(real)).square().mean() + _full(fake).square().mean()
+    check_alike("must be (B,) alike", 1, real=real, fake=fake)
+    return (1 - full(real)).square().mean() + full(fake).square().mean()
 
 # %% ../nbs/23_afd.ipynb #069fd533
 def feature_loss(
     fake: Tensor,   # (B,) in [0, 1]: a discriminator's values for the own maps; gradient flows
 ) -> Tensor:        # scalar in [0, 1]
     "(1 - D(own))^2: pass for the peer (Chung et al. 2020, L_G)."
-    if fake.ndim != 1: raise ValueError(f"values must be (B,), got {tuple(fake.shape)}")
-    return (1 - _full(fake)).square().mean()
+    check_alike("must be (B,)", 1, fake=fake)
+    return (1 - full(fake)).square().mean()
 
 # %% ../nbs/23_afd.ipynb #62a4b0cb
 def compare_maps(
@@ -184,9 +176,8 @@ def compare_maps(
     second: Tensor,        # (B, D, H, W) those of another, of the same images
 ) -> dict[str, Tensor]:    # scalars: cosine in [-1, 1] and distance (l2 length) of flat maps, mean over B
     "How alike the maps of two networks are, image by image (Chung et al. 2020, tab. 7)."
-    if first.shape != second.shape:
-        raise ValueError(f"maps must be alike in shape, got {tuple(first.shape)} and {tuple(second.shape)}")
-    first, second = _full(first).flatten(1), _full(second).flatten(1)
+    check_alike("must have the same shape", first=first, second=second)
+    first, second = full(first).flatten(1), full(second).flatten(1)
     distance = torch.linalg.vector_norm(first - second, dim=1).mean()
     return {"cosine": F.cosine_similarity(first, second).mean(), "distance": distance}
 
@@ -216,8 +207,8 @@ class AFD(DML):
         if discriminator_lr is None: discriminator_lr = feature_lr
         if layers is None or isinstance(layers, str): layers = [layers] * len(networks)
         _check_afd(discriminator, order, layers, networks)
-        _check_numbers(beta=beta, feature_lr=feature_lr, discriminator_lr=discriminator_lr,
-                       feature_weight_decay=feature_weight_decay)
+        check_numbers("> 0", feature_lr=feature_lr, discriminator_lr=discriminator_lr)
+        check_numbers(">= 0", beta=beta, feature_weight_decay=feature_weight_decay)
         super().__init__(networks, **recipe)
         self.discriminator, self.order, self.beta = discriminator, order, float(beta)
         self.layers, self.build = layers, f"{self.build}, layers {layers}"
@@ -233,8 +224,8 @@ class AFD(DML):
 
 # %% ../nbs/23_afd.ipynb #444a512f
 def _check_afd(discriminator, order, layers, networks):
-    _check_name("discriminator", discriminator, "each", "one", "none")
-    _check_name("order", order, "shared", "fresh", "joint")
+    check_choice(("each", "one", "none"), discriminator=discriminator)
+    check_choice(("shared", "fresh", "joint"), order=order)
     if (n := len(networks)) != len(layers): raise ValueError(f"layers must be one name or {n}, got {layers}")
 
 # %% ../nbs/23_afd.ipynb #5c51aa90
@@ -242,10 +233,10 @@ def _build(method, example, seed):  # transfer layers and discriminators; return
     widths, bodies = _try_out(method, example)
     width = widths[-1] if method.scheme == "offline" else max(widths)   # a fixed teacher's maps stay so
     sources = {"each": [1] * len(method.links), "one": [len(widths)], "none": []}[method.discriminator]
-    device = next(method.student.parameters()).device
+    like = next(method.student.parameters())    # its device and precision
     with seeded(seed):
-        method.transfers = [TransferLayer(own, width).to(device) for own in widths]
-        method.discriminators = [Discriminator(width, n).to(device) for n in sources]
+        method.transfers = [TransferLayer(own, width).to(like) for own in widths]
+        method.discriminators = [Discriminator(width, n).to(like) for n in sources]
     return bodies if method.order != "joint" else []
 
 def _adam(modules, lr, decay, more=()):
@@ -257,7 +248,7 @@ def _try_out(method, example):  # channels of all maps, weights that shape them;
     weights = _weights(method.optimizer)
     with frozen(nn.ModuleList(method.networks)), torch.compiler.set_stance("force_eager"):
         for p in weights: p.requires_grad_()
-        example = example.to(weights[0].device)
+        example = example.to(weights[0])
         logits, maps = _answers(method, example)
         _check_classes(logits)
         if any(m.ndim != 4 for m in maps) or len({m.shape[2:] for m in maps}) > 1:
@@ -273,7 +264,7 @@ def _answers(method, x):  # logits and maps, two lists
 
 def _answer(net, x, layer):
     logits, maps = features(net, x, layer)
-    return logits, [*maps.values()][-1]
+    return logits_of(logits, len(x)), [*maps.values()][-1]
 
 # %% ../nbs/23_afd.ipynb #e5469ece
 def _choice(networks, x):  # in words: the maps there are
@@ -287,7 +278,7 @@ def _afd_step(method, x, y):
     logits, maps = _answers(method, x)
     losses = _logit_losses(method, logits, y)
     if method.order == "fresh":     # batch norm counts both passes
-        _update(method.optimizer, sum(losses))
+        _update(sum(losses), method.optimizer)
         for k in method.peers: maps[k] = _answer(method.networks[k], x, method.layers[k])[1]
     maps = [transfer(m) for transfer, m in zip(method.transfers, maps, strict=True)]
     found = _named(method, losses) | _discriminator_step(method, maps)
@@ -299,7 +290,7 @@ def _afd_step(method, x, y):
 def _discriminator_step(method, maps):
     if not method.discriminators: return {}
     losses, right = _judge(method, [m.detach() for m in maps])
-    length = _update(method.discriminator_optimizer, sum(losses))
+    length = _update(sum(losses), method.discriminator_optimizer)
     return {"discriminator": _mean(losses), "discriminator_accuracy": torch.cat(right).float().mean(),
             "discriminator_gradient": length}
 
@@ -323,7 +314,7 @@ def _feature_losses(method, maps):  # one for each that learns, mean over its pe
         scores = {k: method.discriminators[0](maps[k]) for k in method.peers}
         found = {(k, j): _told(scores[k], j) for k, j in method.links}
     else:
-        found = {(k, j): F.l1_loss(_full(maps[k]), _full(maps[j].detach())) for k, j in method.links}
+        found = {(k, j): F.l1_loss(full(maps[k]), full(maps[j].detach())) for k, j in method.links}
     return [sum(found[k, j] for j in peers) / len(peers) for k, peers in method.peers.items()]
 
 @torch.no_grad()
@@ -334,12 +325,10 @@ def _likeness(method, maps):
 # %% ../nbs/23_afd.ipynb #0c5d8c39
 def _feature_step(method, logit, feature):  # and the logit step, if it is still to come
     theirs = _weights(method.feature_optimizer)
-    if method.order == "fresh": return _update(method.feature_optimizer, feature)
-    if method.order == "joint":
-        (logit + feature).backward(inputs=_weights(method.optimizer) + theirs)
-        if theirs: _move(method.feature_optimizer)
-        return _move(method.optimizer)      # the length of the sum
+    if method.order == "fresh": return _update(feature, method.feature_optimizer)
+    if method.order == "joint":         # the length of the sum
+        return _update(logit + feature, method.feature_optimizer, method.optimizer)
     slopes = torch.autograd.grad(feature, theirs, retain_graph=True, allow_unused=True)
-    _update(method.optimizer, logit)
+    _update(logit, method.optimizer)
     for p, slope in zip(theirs, slopes, strict=True): p.grad = slope
     return _move(method.feature_optimizer)

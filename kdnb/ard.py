@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from .attacks import attack_name, pgd
-from .checks import check_choice, check_numbers, full, logits_of
+from .checks import check_choice, check_logits, check_numbers, full, logits_of
 from .kd import kd_loss
 from .robust import attacked, ready_attack
 from .training import freeze, sgd, train_mode, update
@@ -37,6 +37,7 @@ def ard_loss(
     if alpha == 1: return soft
     if clean_logits is None or y is None:
         raise ValueError(f"alpha < 1 needs clean_logits and y, got alpha {alpha}")
+    check_logits(adv_logits=adv_logits, clean_logits=clean_logits)
     hard = F.cross_entropy(full(clean_logits) / (label_temperature or temperature), y)
     return alpha * soft + (1 - alpha) * hard
 
@@ -64,7 +65,8 @@ def ard_schedule(
     variant: str = "paper",          # "official" multiplies the *first* rate each time: it drops only once
 ) -> LambdaLR:                       # to be stepped once an epoch
     "The paper's learning rate: lr, then lr / 10, then lr / 100; or what the official code makes of it."
-    _variant(variant)
+    _variant(variant), check_numbers("> 0", factor=factor)
+    for milestone in milestones: check_numbers("whole >= 0", milestones=milestone)
     def scale(epoch):
         drops = sum(epoch >= milestone for milestone in milestones)
         return factor ** (drops if variant == "paper" else min(drops, 1))
@@ -129,7 +131,8 @@ def _ard_step_loss(method, x, y):
     if method.teacher_sees == "adversarial":
         with torch.no_grad(): target = full(logits_of(method.teacher(x_adv), len(x)))
     adv_logits, chosen = logits_of(method.student(x_adv), len(x)), _variant(method.variant)
-    clean_logits = logits_of(method.student(x)) if method.alpha < 1 or chosen["always_clean"] else None
+    wanted = method.alpha < 1 or chosen["always_clean"]
+    clean_logits = logits_of(method.student(x), len(x)) if wanted else None
     if method.clean_target == "labels":
         return ard_loss(adv_logits, target, clean_logits, y, method.temperature, method.alpha,
                         method.reduction, chosen["label_temperature"])

@@ -76,7 +76,7 @@ def check_choice(
     choices = list(choices)
     for name, value in values.items():
         if value not in choices:
-            *others, last = map(str, choices)
+            *others, last = (str(choice) or "''" for choice in choices)
             words = f"{', '.join(others)} or {last}" if others else last
             raise ValueError(f"{name} must be {words}, got {shown(value)}")
 

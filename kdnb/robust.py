@@ -89,8 +89,9 @@ def trades_loss(
 ) -> Tensor:                        # scalar, nats
     "CE(clean, y) + beta KL(clean || adv) (Zhang et al. 2019, sec. 4)."
     check_numbers(">= 0", beta=beta)
+    clean_logits = full(clean_logits)
     boundary = kl_divergence(adv_logits, clean_logits, reduction)
-    return F.cross_entropy(full(clean_logits), y) + beta * boundary
+    return F.cross_entropy(clean_logits, y) + beta * boundary
 
 # %% ../nbs/12_robust.ipynb #786896f6
 class TRADES:

@@ -13,37 +13,36 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import cached
 
 from .attacks import attack_name, frozen, pgd
+from .checks import check_choice, check_labels, check_logits, check_numbers, compiling, full, logits_of
 from .kd import kd_loss
 from .robust import attacked, ready_attack
-from .training import sgd
+from .training import freeze, sgd, train_mode, update
 
 # %% ../nbs/24_tfkd.ipynb #66610c07
 def virtual_teacher(
-    y: Tensor,                    # (B,) int64 labels
+    y: Tensor,                    # (B,) int64 labels; read, and so checked, on the CPU only
     num_classes: int,             # K >= 2
     correct_prob: float = 0.99,   # in (1/K, 1]: `a`, what the teacher gives the label before softening
     temperature: float = 20.0,    # > 0
     softening: str = "probs",     # softmax of "probs" / temperature (paper, code), or of their "logits"
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:                      # (B, K) probabilities
     "A teacher made of nothing: sure of the label, indifferent among the rest (Yuan et al. 2020, eq. 8)."
-    _check_virtual(y, num_classes, correct_prob, temperature, softening)
+    check_numbers("whole >= 2", num_classes=num_classes)
+    _check_virtual(correct_prob, temperature, softening, num_classes)
+    if y.device.type == "cpu": check_labels(y, num_classes)
     wrong = (1 - correct_prob) / (num_classes - 1)
-    probs = torch.full((len(y), num_classes), wrong, device=y.device)
+    probs = torch.full((len(y), num_classes), wrong, dtype=dtype, device=y.device)
     probs.scatter_(1, y[:, None], correct_prob)
     return ((probs if softening == "probs" else probs.log()) / temperature).softmax(1)
 
 # %% ../nbs/24_tfkd.ipynb #9186f306
-def _check_virtual(y, num_classes, correct_prob, temperature, softening):
-    if num_classes < 2: raise ValueError(f"num_classes must be >= 2, got {num_classes}")
-    if not 1 / num_classes < correct_prob <= 1:
-        raise ValueError(f"correct_prob must lie in (1/{num_classes}, 1], got {correct_prob}")
-    if temperature <= 0: raise ValueError(f"temperature must be > 0, got {temperature}")
-    if softening not in ("probs", "logits"):
-        raise ValueError(f"softening must be probs or logits, got {softening!r}")
-    if len(y) and not (y.min() >= 0 and y.max() < num_classes):
-        raise ValueError(f"labels must lie in [0, {num_classes}), got {int(y.min())} to {int(y.max())}")
+def _check_virtual(correct_prob, temperature, softening, num_classes=float("inf")):
+    if not compiling(): check_numbers(f"in ({1 / num_classes}, 1]", correct_prob=correct_prob)
+    check_numbers("> 0", temperature=temperature), check_choice(("probs", "logits"), softening=softening)
 
 # %% ../nbs/24_tfkd.ipynb #f6bf92e4
 def tf_kd_reg_loss(
@@ -58,9 +57,9 @@ def tf_kd_reg_loss(
     multiplier: float = 1.0,      # > 0: of the KL; up to 100 in the official settings
 ) -> Tensor:                      # scalar, nats
     "(1 - alpha) CE + alpha KL(virtual teacher || student) (Yuan et al. 2020, eq. 9)."
-    _check_mix(alpha, temperature, variant, multiplier)
-    K = logits.shape[1]
-    target = virtual_teacher(y, K, correct_prob, temperature, softening).to(logits.dtype)
+    _check_mix(alpha, temperature, variant, multiplier), check_logits(logits=logits)
+    logits, K = full(logits), logits.shape[1]
+    target = virtual_teacher(y, K, correct_prob, temperature, softening, logits.dtype)
     student = F.log_softmax(logits if variant == "official" else logits / temperature, dim=1)
     soft = F.kl_div(student, target, reduction="batchmean") / (K if variant == "official" else 1)
     return (1 - alpha) * F.cross_entropy(logits, y) + alpha * multiplier * soft
@@ -78,16 +77,14 @@ def tf_kd_self_loss(
 ) -> Tensor:                      # scalar, nats
     "(1 - alpha) CE + alpha T^2 KL(teacher || student): distillation from oneself (Yuan et al. 2020, eq. 7)."
     _check_mix(alpha, temperature, variant, multiplier)
+    logits = full(logits)
     soft = kd_loss(logits, teacher_logits, temperature, "mean" if variant == "official" else "batchmean")
     return (1 - alpha) * F.cross_entropy(logits, y) + alpha * multiplier * soft
 
 # %% ../nbs/24_tfkd.ipynb #0f6e424b
 def _check_mix(alpha, temperature, variant, multiplier):
-    if not 0 <= alpha <= 1: raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
-    if temperature <= 0: raise ValueError(f"temperature must be > 0, got {temperature}")
-    if variant not in ("paper", "official"):
-        raise ValueError(f"variant must be paper or official, got {variant!r}")
-    if multiplier <= 0: raise ValueError(f"multiplier must be > 0, got {multiplier}")
+    check_numbers("in [0, 1]", alpha=alpha), check_choice(("paper", "official"), variant=variant)
+    check_numbers("> 0", temperature=temperature, multiplier=multiplier)
 
 # %% ../nbs/24_tfkd.ipynb #09800259
 def label_smoothing_loss(
@@ -97,9 +94,9 @@ def label_smoothing_loss(
     share: str = "all",           # among "all" K classes (PyTorch, the papers), or the K - 1 "wrong" ones
 ) -> Tensor:                      # scalar, nats
     "Cross-entropy with softened labels (Szegedy et al. 2016, sec. 7)."
-    if not 0 <= eps <= 1: raise ValueError(f"eps must lie in [0, 1], got {eps}")
-    if share not in ("all", "wrong"): raise ValueError(f"share must be all or wrong, got {share!r}")
-    K = logits.shape[1]
+    check_numbers("in [0, 1]", eps=eps), check_choice(("all", "wrong"), share=share)
+    check_logits(logits=logits)
+    logits, K = full(logits), logits.shape[1]
     if share == "wrong": eps = eps * K / (K - 1)
     if eps <= 1: return F.cross_entropy(logits, y, label_smoothing=eps)
     log_p = F.log_softmax(logits, dim=1)
@@ -111,14 +108,12 @@ _USUAL = {"reg": dict(alpha=0.1, temperature=20.0),  # the official settings of 
 
 def _settle(mode, teacher, given, correct_prob, softening):
     "The settings of the loss of this mode, checked."
-    if mode not in _USUAL: raise ValueError(f"mode must be reg or self, got {mode!r}")
+    check_choice(_USUAL, mode=mode)
     if (teacher is None) == (mode == "self"):
         raise ValueError(f"mode {mode!r} {'needs a' if mode == 'self' else 'takes no'} teacher")
     settings = _USUAL[mode] | {key: value for key, value in given.items() if value is not None}
-    _check_mix(**settings)
-    if mode == "self": return settings
-    _check_virtual(torch.zeros(0), 10**9, correct_prob, settings["temperature"], softening)
-    return settings | dict(correct_prob=correct_prob, softening=softening)
+    _check_mix(**settings), _check_virtual(correct_prob, settings["temperature"], softening)
+    return settings | (dict(correct_prob=correct_prob, softening=softening) if mode == "reg" else {})
 
 # %% ../nbs/24_tfkd.ipynb #2cb5e616
 class TfKD:
@@ -140,8 +135,8 @@ class TfKD:
     ):
         given = dict(alpha=alpha, temperature=temperature, variant=variant, multiplier=multiplier)
         self.settings = _settle(mode, teacher, given, correct_prob, softening)
-        self.mode, self.student = mode, student.train()
-        self.teacher = teacher.eval().requires_grad_(False) if teacher else None
+        self.mode, self.student = mode, train_mode(student)
+        self.teacher = None if teacher is None else freeze(teacher, student)
         self.optimizer = sgd(student, lr, momentum, weight_decay)
         self.schedule = schedule(self.optimizer) if schedule else None
 
@@ -152,12 +147,11 @@ class TfKD:
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         "One update on x (B, C, H, W) in [0, 1] and y (B,)."
         if self.mode == "self":
-            with torch.no_grad(): teacher_logits = self.teacher(x)
-        logits = self.student(self.opposed(x, y))
+            with torch.no_grad(): teacher_logits = logits_of(self.teacher(x), len(x))
+        logits = logits_of(self.student(self.opposed(x, y)), len(x))
         if self.mode == "self": loss = tf_kd_self_loss(logits, teacher_logits, y, **self.settings)
         else: loss = tf_kd_reg_loss(logits, y, **self.settings)
-        loss.backward()
-        self.optimizer.step(); self.optimizer.zero_grad()
+        update(self.optimizer, loss)
         return {"loss": loss.detach()}
 
     def end_epoch(self, epoch: int) -> None:
@@ -180,9 +174,9 @@ class AdversarialTfKD(TfKD):
         fold: bool = False,            # attack a copy with BatchNorm folded in; eval mode only
         **settings,                    # those of `TfKD`
     ):
-        super().__init__(student, teacher, **settings)
         self.attack, self.fold = ready_attack(attack, attack_mode, fold), fold
         self.attack_name = attack_name(attack)
+        super().__init__(student, teacher, **settings)
 
     def opposed(self, x: Tensor, y: Tensor) -> Tensor:
         "What the student sees: x (B, C, H, W) moved by the attack."
@@ -197,7 +191,7 @@ def equivalent_smoothing(
 ) -> tuple[float, float]:         # eps (shared among "all"), and the factor of the whole loss
     "What the official reg loss *is*: factor * label_smoothing_loss(eps) + a constant."
     y = torch.zeros(1, dtype=torch.long)
-    target = virtual_teacher(y, num_classes, correct_prob, temperature, softening)[0].double()
+    target = virtual_teacher(y, num_classes, correct_prob, temperature, softening, torch.float64)[0]
     _check_mix(alpha, temperature, "official", multiplier)
     weight = alpha * multiplier / num_classes
     factor = 1 - alpha + weight
@@ -211,12 +205,16 @@ def gradient_heatmap(
 ) -> dict[str, dict[str, float]]:  # stage -> layer -> mean |d loss / d weight| over weights and batches
     "How strongly each layer is pulled: convolutions and the last layer, in evaluation mode."
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
-    weights, sums, count = [m.weight for m in layers.values()], torch.zeros(len(layers)), 0
+    if not layers: raise ValueError("the model has no convolution and no linear layer")
+    sums, count = torch.zeros(len(layers)), 0
     with frozen(model):
-        for w in weights: w.requires_grad_()
+        for p in (p for m in layers.values() for p in m.parameters()): p.requires_grad_()
         for x, y in batches:
-            gradients = torch.autograd.grad(loss(model(x), y), weights)
-            sums, count = sums + torch.stack([g.abs().mean() for g in gradients]).cpu(), count + 1
+            with cached():      # a weight that is computed, as by spectral norm, is the one that was used
+                value = loss(logits_of(model(x), len(x)), y)
+                weights = [m.weight for m in layers.values()]
+            gradients = torch.autograd.grad(value, weights, materialize_grads=True)
+            sums, count = sums + torch.stack([full(g).abs().mean() for g in gradients]).cpu(), count + 1
     if not count: raise ValueError("there are no batches to take gradients on")
     found = {}
     for name, value in zip(layers, (sums / count).tolist(), strict=True):

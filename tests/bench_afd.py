@@ -171,7 +171,7 @@ def bench_parts(rounds, name):
         _discriminator_step(afd, constants)
 
     def maps():  # forward and backward
-        _update(afd.feature_optimizer, sum(_feature_losses(afd, [m["stage3"] for _, m in forward()])))
+        _update(sum(_feature_losses(afd, [m["stage3"] for _, m in forward()])), afd.feature_optimizer)
 
     jobs = {"AFD": lambda: afd.step(x, y), "DML": logits, "forward": forward, "D-step": judge, "G-step": maps}
     for job in jobs.values():
