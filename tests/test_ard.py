@@ -1,6 +1,7 @@
 "ARD: the loss against closed forms, the switches, what the teacher sees, what a step costs BatchNorm."
 
 import copy
+import math
 from functools import partial
 
 import pytest
@@ -228,8 +229,14 @@ def test_bad_losses_are_refused():
         ard_loss(logits(0), logits(1), alpha=0.5)
     with pytest.raises(ValueError, match="label_temperature must be > 0"):
         ard_loss(logits(0), logits(1), label_temperature=0)
-    with pytest.raises(ValueError, match="variant must be"):
-        ard_schedule(sgd(nn.Linear(1, 1), 0.1), variant="code")
+    with pytest.raises(ValueError, match=r"adv_logits and clean_logits must have the same shape \(B, K\)"):
+        ard_loss(logits(0), logits(1), logits(2)[None], torch.arange(5), alpha=0.5)
+
+
+@pytest.mark.parametrize("wrong", [dict(variant="code"), dict(factor=math.nan), dict(milestones=(1, 2.5))])
+def test_bad_schedules_are_refused(wrong):
+    with pytest.raises(ValueError, match=f"{[*wrong][0]} must be"):
+        ard_schedule(sgd(nn.Linear(1, 1), 0.1), **wrong)
 
 
 def test_the_attack_in_training_has_a_name():

@@ -304,6 +304,49 @@ def test_heatmap_of_a_resnet():
     assert [len(found[f"stage{k}"]) for k in (1, 2, 3, 4)] == [4, 5, 5, 5]
 
 
+@pytest.mark.parametrize("normed", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_heatmap_under_spectral_norm(normed):
+    "The gradient of the weight that is used, batch by batch; nothing of the norm's own moves."
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), normed(nn.Linear(4, 3)), nn.ReLU(), nn.Linear(3, 2)).train()
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    batches = [(torch.rand(5, 1, 2, 2), torch.tensor([0, 1, 0, 1, 1])) for _ in range(2)]
+    net(batches[0][0])
+    net.eval()(batches[0][0])
+    for i in (1, 3):
+        for key in ("weight", "bias"):
+            getattr(plain[i], key).data = getattr(net[i], key).detach().clone()
+    before = {k: v.clone() for k, v in net.train().state_dict().items()}
+    found, wanted = gradient_heatmap(net, batches), gradient_heatmap(plain, batches)
+    assert [found[i][i] for i in "13"] == pytest.approx([wanted[i][i] for i in "13"], rel=1e-5)
+    assert same(before, net.state_dict()) and net.training and all(p.grad is None for p in net.parameters())
+
+
+def test_heatmap_of_a_layer_that_takes_no_part():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    net[1].register_module("unused", nn.Linear(2, 2))
+    found = gradient_heatmap(net, [(torch.rand(5, 1, 2, 2), torch.tensor([0, 1, 0, 1, 1]))])
+    assert found["1"]["unused"] == 0 and found["1"]["1"] > 0
+
+
+# ---------------------------------------------------------------- precision, doors
+
+
+def test_virtual_teacher_in_double_precision_is_exact():
+    row = virtual_teacher(Y, 4, 0.7, 2.0, dtype=torch.float64)[0]
+    up, low = math.exp(0.35), math.exp(0.05)
+    wanted = torch.tensor([up] + [low] * 3, dtype=torch.float64) / (up + 3 * low)
+    torch.testing.assert_close(row, wanted, rtol=1e-14, atol=0)
+    assert virtual_teacher(Y, 4).dtype == torch.float32
+
+
+def test_a_refused_method_leaves_the_student_alone():
+    student = mlp().eval()
+    with pytest.raises(ValueError, match="attack_mode"):
+        AdversarialTfKD(student, attack_mode="test")
+    assert not student.training
+
+
 # ---------------------------------------------------------------- bad input
 
 ZERO = torch.zeros(2, 4)
@@ -334,7 +377,11 @@ Y = torch.tensor([0, 1])
         (lambda: TfKD(mlp(), alpha=2.0), r"alpha must lie in \[0, 1\], got 2.0"),
         (lambda: TfKD(mlp(), correct_prob=0.0), "correct_prob must lie in"),
         (lambda: AdversarialTfKD(mlp(), attack_mode="test"), "attack_mode must be eval"),
+        (lambda: TfKD(mlp(), correct_prob=math.nan), "correct_prob must lie in .*, got nan"),
+        (lambda: TfKD(mlp(), mlp(1), mode="self", softening="log"), "softening must be probs or logits"),
         (lambda: gradient_heatmap(mlp(), []), "there are no batches"),
+        (lambda: gradient_heatmap(nn.Flatten(), [(ZERO, Y)]), "no convolution and no linear layer"),
+        (lambda: gradient_heatmap(nn.Linear(4, 4), [(ZERO[None], Y)]), "must return logits"),
     ],
 )
 def test_bad_input_is_one_line(wrong, words):
