@@ -211,7 +211,7 @@ def gradient_heatmap(
         for p in (p for m in layers.values() for p in m.parameters()): p.requires_grad_()
         for x, y in batches:
             with cached():      # a weight that is computed, as by spectral norm, is the one that was used
-                value = loss(logits_of(model(x), len(x)), y)
+                value = loss(full(logits_of(model(x), len(x))), y)
                 weights = [m.weight for m in layers.values()]
             gradients = torch.autograd.grad(value, weights, materialize_grads=True)
             sums, count = sums + torch.stack([full(g).abs().mean() for g in gradients]).cpu(), count + 1
