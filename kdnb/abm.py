@@ -200,8 +200,7 @@ class ABM:
         layers=None,                   # names for `features`; None: the last map of each stage
         fresh: bool = False,           # new noise for every student step, not one batch for all of them
         generator_steps: int = 1, student_steps: int = 10,   # of an iteration
-        batch_size: int = 128,         # >= 2: images a step, of the whole run: each process makes its share
-        lr: float = 2e-3,              # Adam's rate for the student
+        batch_size: int = 128, lr: float = 2e-3,   # images a step of the whole run; the student's Adam rate
         generator_lr: float | None = None,   # Adam's rate for the generator; None: 2e-3, official 1e-3
         clip: float | None = None,     # longest gradient of a network, > 0; None: infinite, official 5
         fold: bool = True, alarm: bool = True,   # a faster teacher (unless layers); `CollapseAlarm` stops
@@ -213,9 +212,8 @@ class ABM:
         check_numbers("whole >= 0", generator_steps=generator_steps)
         self.variant, self.beta, self.layers, self.fresh = variant, float(beta), layers, fresh
         self.generator_steps, self.student_steps, self.batch_size = generator_steps, student_steps, batch_size
-        self.clip, self.steps = clip, steps
-        self.student, self.generator = train_mode(student, generator), generator
-        teacher, fold = freeze(teacher, student, generator), fold and not (layers and beta)
+        self.student, self.generator, self.clip = train_mode(student, generator), generator, clip
+        teacher, fold, self.steps = freeze(teacher, student, generator), fold and not (layers and beta), steps
         self.teacher = fold_batchnorm(teacher) if fold else teacher
         self.alarm = CollapseAlarm(_try_out(self), alarm)
         self.build = f"layers {layers}, fold {fold}, z_size {generator.z_size}"   # a checkpoint must agree

@@ -111,7 +111,7 @@ def _check_walk(x, base, target, K):  # reads the device once, before the first 
     wrong = (base == target) | (base < 0) | (base >= K) | (target < 0) | (target >= K)
     if not bool(wrong.any() | ~x.isfinite().all()): return
     check_labels(base, K, "base"), check_labels(target, K, "target")
-    if not bool(wrong.any()): raise ValueError(f"x must hold finite floats, got {x.dtype} with NaN or inf")
+    if not bool(wrong.any()): raise ValueError("x must hold finite floats, got NaN or inf")
     raise ValueError(f"target must differ from base, row {int(wrong.nonzero()[0])} does not")
 
 # %% ../nbs/20_bss.ipynb #8dd3fcae
@@ -144,8 +144,9 @@ def sample_target(
 ) -> Tensor:                  # (B,) int64, never the base
     "A class to walk to, drawn with probability q_k / (1 - q_base), q the teacher's (Heo 2019)."
     check_choice(_TARGETS, how=how), check_logits(teacher_logits=teacher_logits)
-    check_numbers("whole >= 2", K=teacher_logits.shape[1]), check_labels(base, teacher_logits.shape[1], "base")
     check_alike("must hold one class a row", 1, base=base, rows=teacher_logits[:, 0])
+    K = teacher_logits.shape[1]
+    check_numbers("whole >= 2", K=K), check_labels(base, K, "base")
     others = full(teacher_logits.detach()).scatter(1, base[:, None], -math.inf)
     if how == "likeliest" or not len(base): return others.argmax(1)
     if how == "uniform": others = others.where(others.isinf(), 0)
@@ -200,11 +201,10 @@ class BSS:
         check_choice(_BASES, base=base), check_choice(_TARGETS, target=target)
         check_numbers("whole >= 1", attack_size=attack_size), check_numbers("> 0", temperature=temperature)
         self.variant, self.attack_size, self.base, self.target = variant, attack_size, base, target
-        self.epochs, self.weights = epochs, bss_weights(1, epochs)      # alpha and beta of this epoch
-        self.temperature, self.form, self.student = temperature, form, train_mode(student)
-        teacher = freeze(teacher, student)
+        self.epochs, self.temperature, self.form = epochs, temperature, form
+        self.student, teacher = train_mode(student), freeze(teacher, student)
         self.teacher = fold_batchnorm(teacher) if fold else teacher
-        self.attack, self.attack_name = attack, attack_name(attack)
+        self.attack, self.attack_name, self.weights = attack, attack_name(attack), bss_weights(1, epochs)
         if (variant, self.attack_name) == ("official", "bss_attack"): self.attack = partial(_official, attack)
         self.optimizer = sgd(student, lr, momentum, weight_decay)
         self.schedule = schedule(self.optimizer) if schedule else None

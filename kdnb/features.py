@@ -157,9 +157,7 @@ class FeatureKD:
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         "One update on x (B, C, H, W) in [0, 1], y (B,): (1 - alpha) hard + alpha soft + beta transfer."
-        found = _feature_kd_losses(self, x, y)
-        update(self.optimizer, found["loss"])
-        return {name: value.detach() for name, value in found.items()}
+        return _feature_kd_step(self, x, y)
 
     def end_epoch(self, epoch: int) -> None:
         "Move the learning rate on; between the two stages forget the momentum."
@@ -167,7 +165,7 @@ class FeatureKD:
         if self.schedule: self.schedule.step()
 
 # %% ../nbs/11_features.ipynb #64592200
-def _feature_kd_losses(method, x, y):  # a part of weight 0 gives no gradient; soft and transfer are then 0
+def _feature_kd_step(method, x, y):  # a part of weight 0 gives no gradient; soft and transfer are then 0
     weights, teacher_logits, theirs = method.weights, None, None
     def answer(model):
         logits, maps = features(model, x, method.layers) if weights["transfer"] else (model(x), None)
@@ -179,7 +177,9 @@ def _feature_kd_losses(method, x, y):  # a part of weight 0 gives no gradient; s
     parts = {"hard": F.cross_entropy(logits, y)}
     parts["soft"] = method.soft(logits, teacher_logits) if weights["soft"] else logits.new_zeros(())
     parts["transfer"] = method.transfer(ours, theirs) if weights["transfer"] else logits.new_zeros(())
-    return {"loss": sum(weights[name] * parts[name] for name in parts if weights[name])} | parts
+    loss = sum(weights[name] * parts[name] for name in parts if weights[name])
+    update(method.optimizer, loss)
+    return {name: value.detach() for name, value in ({"loss": loss} | parts).items()}
 
 # %% ../nbs/11_features.ipynb #729323c9
 class _Hint(nn.Module):
