@@ -829,3 +829,21 @@ def test_a_walk_reads_the_device_once_before_its_steps(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: looks.append(self) or real(self))
     bss_attack(NET, X, B, K, steps=1)
     assert len(looks) == 1
+
+
+def test_attack_size_is_of_the_whole_run(monkeypatch, digits, teacher):
+    sizes = []
+
+    def spy(model, x, base, target):
+        sizes.append(len(x))
+        return bss_attack(model, x, base, target)
+
+    method = BSS(copy.deepcopy(teacher).requires_grad_(), teacher, epochs=4, attack=spy, attack_size=8)
+    x, y = digits.train.floats(slice(0, 64)), digits.train.y[:64]
+    method.step(x, y)
+    for name, value in (("is_initialized", True), ("get_rank", 1), ("get_world_size", 2)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    method.step(x, y)
+    assert sizes == [8, 4]
+    with pytest.raises(ValueError, match="7 images cannot be shared by 2 processes"):
+        BSS(copy.deepcopy(teacher).requires_grad_(), teacher, epochs=4, attack_size=7).step(x, y)
