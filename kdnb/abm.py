@@ -263,6 +263,7 @@ def transition_curves(
     if labels is not None: check_alike("must be (N,), N images", 1, labels=labels, images=x.new_empty(len(x)))
     x = x.to(torch.promote_types(x.dtype, next((p.dtype for p in model.parameters()), x.dtype)))
     unit = Normalize.of(model)[1] if unit is None else unit
+    if not isinstance(unit, Tensor): check_numbers("> 0", unit=unit)
     with frozen(model), frozen(other), torch.no_grad():
         rows, read, K = _agreed(model, other, x, batch_size)
         left_out = read if labels is None else labels.to(x.device)[rows]

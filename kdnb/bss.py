@@ -49,7 +49,7 @@ def bss_attack(
 ) -> Samples:
     "Boundary supporting samples: down L = f_base - f_target until x leaves its class (Heo et al. 2019)."
     eta, x = _check_plan(x, base, target, rule, eta, eps, steps), _as_fine(model, x)
-    unit = Normalize.of(model)[1] if unit is None else unit
+    unit = _check_space(Normalize.of(model)[1] if unit is None else unit, low, high)
     with frozen(model), torch.no_grad():
         height, slope, logits = _height(model, x, base, target, checked=False)
         moving = (logits.argmax(1) == base).nonzero()[:, 0]
@@ -105,6 +105,12 @@ def _check_plan(x, base, target, rule, eta, eps, steps):
     if not x.is_floating_point(): raise ValueError(f"x must hold finite floats, got {x.dtype}")
     check_alike("must be (B,), B images", 1, base=base, target=target, images=x.new_empty(len(x)))
     return eta
+
+def _check_space(unit, low, high):  # numbers only: a look at tensors would wait for the device
+    if not isinstance(unit, Tensor): check_numbers("> 0", unit=unit)
+    if not any(isinstance(v, Tensor) for v in (low, high)) and not low <= high:
+        raise ValueError(f"low must be <= high, got {low} and {high}")
+    return unit
 
 def _check_walk(x, base, target, K):  # reads the device once, before the first step
     check_numbers("whole >= 2", K=K)

@@ -741,6 +741,7 @@ def test_losses_refuse_unlike_logits():
         (dict(step_size=0.0), "step_size.*0"),
         (dict(batch_size=0), "batch_size.*0"),
         (dict(step_size=math.nan), "step_size must be > 0, got nan"),
+        (dict(unit=math.nan), "unit must be > 0, got nan"),
         (dict(steps=1.5), "steps must be a whole number >= 1, got 1.5"),
     ],
 )

@@ -683,6 +683,8 @@ Z = torch.zeros(2, 3)
         (lambda: BSS(linear(), NET, epochs=2.5), "epochs must be a whole number >= 1, got 2.5"),
         (lambda: find_boundary(NET, X, B, batch_size=0), "batch_size must be a whole number >= 1, got 0"),
         (lambda: bss_attack(NET, X, B, K, eps=math.nan), "eps must be >= 0, got nan"),
+        (lambda: bss_attack(NET, X, B, K, unit=math.nan), "unit must be > 0, got nan"),
+        (lambda: bss_attack(NET, X, B, K, low=math.nan), "low must be <= high, got nan and 1.0"),
         (lambda: bss_weights(0, 80), r"epoch must be a whole number in \[1, 80\], got 0"),
         (
             lambda: BSS(linear(), NET, epochs=4, variant="code"),
