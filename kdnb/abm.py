@@ -16,38 +16,18 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from .attacks import frozen
+from .checks import check_alike, check_choice, check_labels, check_numbers, full, logits_of
+from .data import _share
 from .features import attention_loss
 from .kd import kd_loss
 from .models import Normalize, features, fold_batchnorm, seeded
-
-# %% ../nbs/21_abm.ipynb #b013db8f
-def _check_whole(name, value, least):
-    if not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number >= {least}, got {value}")
-
-# %% ../nbs/21_abm.ipynb #37b7c85b
-def _check_abm(one_network, **values):
-    if one_network: raise ValueError("student and teacher must be two networks")
-    least = {"batch_size": 2, "steps": 1, "generator_steps": 0, "student_steps": 1}
-    for name, value in values.items():
-        if name in least: _check_whole(name, value, least[name])
-        elif not value > 0 or (value == math.inf and name != "clip"):
-            raise ValueError(f"{name} must be > 0, got {value}")
-
-# %% ../nbs/21_abm.ipynb #3042b053
-def _check_curves(x, labels, steps, step_size, batch_size):
-    for name, value in (("steps", steps), ("batch_size", batch_size)): _check_whole(name, value, 1)
-    if not 0 < step_size < math.inf: raise ValueError(f"step_size must be > 0, got {step_size}")
-    if not len(x): raise ValueError("there are no images to start from")
-    if not bool(x.isfinite().all()): raise ValueError("x holds NaN or infinite values")
-    if labels is not None and labels.shape != x.shape[:1]:
-        raise ValueError(f"labels must be ({len(x)},), got {tuple(labels.shape)}")
+from .training import freeze, train_mode, update
 
 # %% ../nbs/21_abm.ipynb #7eb79637
 def _variant(name, generator_lr, clip):
     known = {"paper": (2e-3, math.inf, dict(reduction="batchmean", form="norm")),
              "official": (1e-3, 5.0, dict(reduction="mean", form="mean_square"))}
-    if name not in known: raise ValueError(f"variant must be paper or official, got {name!r}")
+    check_choice(known, variant=name)
     lr, length, loss = known[name]
     return lr if generator_lr is None else generator_lr, length if clip is None else clip, loss
 
@@ -61,8 +41,7 @@ class Generator(nn.Module):
     def __init__(self, z_size: int = 100, channels: int = 3, image_size: int = 32, mean=None, std=None,
                  seed: int | None = None):
         super().__init__()
-        for name, value in dict(z_size=z_size, channels=channels, image_size=image_size).items():
-            _check_whole(name, value, 1)
+        check_numbers("whole >= 1", z_size=z_size, channels=channels, image_size=image_size)
         if image_size % 4: raise ValueError(f"image_size must be a multiple of 4, got {image_size}")
         self.z_size, self.small = z_size, image_size // 4
         self.pixels = Normalize(mean, std, channels)     # to be undone
@@ -100,7 +79,7 @@ def abm_student_loss(
     form: str = "norm",             # of `attention_loss`; "mean_square" (official code)
 ) -> Tensor:                        # scalar
     "KL(teacher || student) + beta attention loss (Micaelli and Storkey 2019, eq. 1)."
-    if not 0 <= beta < math.inf: raise ValueError(f"beta must be a finite number >= 0, got {beta}")
+    check_numbers(">= 0", beta=beta)
     loss = kd_loss(student_logits, teacher_logits, 1.0, reduction)
     if not beta: return loss
     if student_maps is None or teacher_maps is None:
@@ -113,6 +92,7 @@ class CollapseAlarm(nn.Module):
     # stops: False never raises; patience: batches to see first, a newborn generator is often in this state
     def __init__(self, num_classes: int, stops: bool = True, patience: int = 50):
         super().__init__()
+        check_numbers("whole >= 1", num_classes=num_classes), check_numbers("whole >= 0", patience=patience)
         self.stops, self.patience = stops, patience
         self.register_buffer("shares", torch.zeros(num_classes))   # of images, by the teacher's class
         self.register_buffer("spread", torch.zeros(()))     # std of a pixel over a batch / of all pixels
@@ -160,21 +140,27 @@ def _abm_step(method):
 def _generator_step(method, z):
     with frozen(method.student, "found"):       # it takes no gradient, but its batch norm counts
         x = method.generator(z)
-        loss = generator_loss(method.student(x), method.teacher(x), method.loss["reduction"])
+        logits, teacher_logits = (logits_of(net(x), len(x)) for net in (method.student, method.teacher))
+        loss = generator_loss(logits, teacher_logits, method.loss["reduction"])
         return _update(method, method.generator_optimizer, loss)
 
 def _update(method, optimizer, loss):
-    loss.backward()
-    weights = [p for group in optimizer.param_groups for p in group["params"]]
-    if method.clip < math.inf: nn.utils.clip_grad_norm_(weights, method.clip)
-    optimizer.step(); optimizer.zero_grad()
+    def clip(*_):
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        if method.clip < math.inf: nn.utils.clip_grad_norm_(weights, method.clip)
+
+    with optimizer.register_step_pre_hook(clip):    # the last one: after the mean over processes
+        update(optimizer, loss)
     return loss.detach()
 
 # %% ../nbs/21_abm.ipynb #dc8114e2
 def _noise(method):
-    return torch.randn(method.batch_size, method.generator.z_size, device=_device(method))
+    share = _share(0, method.batch_size)        # of this process
+    return torch.randn(share.stop - share.start, method.generator.z_size, **_place(method))
 
-def _device(method): return next(method.student.parameters()).device
+def _place(method):
+    weight = next(method.generator.parameters())
+    return {"device": weight.device, "dtype": weight.dtype}
 
 @torch.no_grad()
 def _lesson(method, z):  # images, the teacher's logits and maps
@@ -182,7 +168,8 @@ def _lesson(method, z):  # images, the teacher's logits and maps
     return x, *_answer(method, method.teacher, x)
 
 def _answer(method, model, x):
-    return features(model, x, method.layers) if method.beta else (model(x), None)
+    logits, maps = features(model, x, method.layers) if method.beta else (model(x), None)
+    return full(logits_of(logits, len(x))), maps
 
 def _sure(logits): return logits.detach().softmax(1).amax(1).mean()
 
@@ -190,7 +177,7 @@ def _sure(logits): return logits.detach().softmax(1).amax(1).mean()
 def _try_out(method):  # K; raises if the three networks do not fit together
     if not hasattr(method.generator, "z_size"):
         raise ValueError("generator needs an attribute z_size: how many numbers of noise it takes")
-    z = torch.zeros(2, method.generator.z_size, device=_device(method))
+    z = torch.zeros(2, method.generator.z_size, **_place(method))
     with frozen(method.generator), frozen(method.student), torch.no_grad():
         x, teacher_logits, theirs = _lesson(method, z)
         logits, ours = _answer(method, method.student, x)
@@ -213,19 +200,20 @@ class ABM:
         layers=None,                   # names for `features`; None: the last map of each stage
         fresh: bool = False,           # new noise for every student step, not one batch for all of them
         generator_steps: int = 1, student_steps: int = 10,   # of an iteration
-        batch_size: int = 128, lr: float = 2e-3,             # images a step; Adam's rate for the student
+        batch_size: int = 128, lr: float = 2e-3,   # images a step of the whole run; the student's Adam rate
         generator_lr: float | None = None,   # Adam's rate for the generator; None: 2e-3, official 1e-3
         clip: float | None = None,     # longest gradient of a network, > 0; None: infinite, official 5
         fold: bool = True, alarm: bool = True,   # a faster teacher (unless layers); `CollapseAlarm` stops
     ):
         generator_lr, clip, self.loss = _variant(variant, generator_lr, clip)
-        _check_abm(student is teacher, batch_size=batch_size, steps=steps, generator_steps=generator_steps,
-                   student_steps=student_steps, lr=lr, generator_lr=generator_lr, clip=clip)
+        check_numbers("> 0", lr=lr, generator_lr=generator_lr, **{} if clip == math.inf else {"clip": clip})
+        check_numbers("whole >= 1", steps=steps, student_steps=student_steps)
+        check_numbers("whole >= 2", batch_size=batch_size), check_numbers(">= 0", beta=beta)
+        check_numbers("whole >= 0", generator_steps=generator_steps)
         self.variant, self.beta, self.layers, self.fresh = variant, float(beta), layers, fresh
         self.generator_steps, self.student_steps, self.batch_size = generator_steps, student_steps, batch_size
-        self.clip, self.steps = clip, steps
-        self.student, self.generator = student.train(), generator.train()
-        teacher, fold = teacher.eval().requires_grad_(False), fold and not (layers and beta)
+        self.student, self.generator, self.clip = train_mode(student, generator), generator, clip
+        teacher, fold, self.steps = freeze(teacher, student, generator), fold and not (layers and beta), steps
         self.teacher = fold_batchnorm(teacher) if fold else teacher
         self.alarm = CollapseAlarm(_try_out(self), alarm)
         self.build = f"layers {layers}, fold {fold}, z_size {generator.z_size}"   # a checkpoint must agree
@@ -269,12 +257,17 @@ def transition_curves(
     batch_size: int = 500,        # walks at once
 ) -> TransitionCurves:
     "Walk each image to every other class, in normalised pixels that nothing cuts (Micaelli 2019, alg. 2)."
-    _check_curves(x, labels, steps, step_size, batch_size)
+    check_numbers("whole >= 1", steps=steps, batch_size=batch_size), check_numbers("> 0", step_size=step_size)
+    if not len(x): raise ValueError("there are no images to start from")
+    if not bool(x.isfinite().all()): raise ValueError("x holds NaN or infinite values")
+    if labels is not None: check_alike("must be (N,), N images", 1, labels=labels, images=x.new_empty(len(x)))
+    x = x.to(torch.promote_types(x.dtype, next((p.dtype for p in model.parameters()), x.dtype)))
     unit = Normalize.of(model)[1] if unit is None else unit
+    if not isinstance(unit, Tensor): check_numbers("> 0", unit=unit)
     with frozen(model), frozen(other), torch.no_grad():
         rows, read, K = _agreed(model, other, x, batch_size)
         left_out = read if labels is None else labels.to(x.device)[rows]
-        if ((left_out < 0) | (left_out >= K)).any(): raise ValueError(f"labels must lie in [0, {K})")
+        check_labels(left_out, K)
         images, targets = (left_out[:, None] != torch.arange(K, device=x.device)).nonzero().T
         curves = [_walk(model, other, x[rows[i]], j, steps, step_size * unit**2)
                   for i, j in zip(images.split(batch_size), targets.split(batch_size), strict=True)]
@@ -283,10 +276,10 @@ def transition_curves(
 
 # %% ../nbs/21_abm.ipynb #fe23cc6c
 def _agreed(model, other, x, batch_size):  # rows, the class read there, K
-    ours, theirs = (torch.cat([net(part) for part in x.split(batch_size)]) for net in (model, other))
-    if ours.ndim != 2 or ours.shape != theirs.shape or ours.shape[1] < 2:
-        shapes = f"{tuple(ours.shape)} and {tuple(theirs.shape)}"
-        raise ValueError(f"logits must be (N, K) alike, K >= 2, got {shapes}")
+    parts = x.split(batch_size)
+    ours, theirs = (torch.cat([logits_of(net(v), len(v)) for v in parts]) for net in (model, other))
+    check_alike("must be (N, K) alike", 2, logits=ours, others=theirs)
+    check_numbers("whole >= 2", K=ours.shape[1])
     rows = (ours.argmax(1) == theirs.argmax(1)).nonzero()[:, 0]
     if not len(rows): raise ValueError(f"the two networks agree on none of the {len(x)} images")
     return rows, ours[rows].argmax(1), ours.shape[1]
@@ -304,7 +297,7 @@ def _walk(model, other, x, targets, steps, rate):  # (2, B, steps) probabilities
         if k + 1 < steps: x = x + rate * slope
     return torch.stack(found, -1)
 
-def _log_p(logits, targets): return logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
+def _log_p(logits, targets): return full(logits).log_softmax(1).gather(1, targets[:, None])[:, 0]
 
 # %% ../nbs/21_abm.ipynb #6a8ee42f
 def mean_transition_error(

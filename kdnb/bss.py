@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attacks import attack_name, frozen
+from .checks import check_alike, check_choice, check_labels, check_logits, check_numbers, full, logits_of
+from .data import _share
 from .kd import kd_loss
 from .models import Normalize, fold_batchnorm
-from .training import sgd
+from .training import freeze, sgd, train_mode, update
 
 # %% ../nbs/20_bss.ipynb #79c2cb8d
 class Samples(NamedTuple):
@@ -46,8 +48,8 @@ def bss_attack(
     high: Tensor | float = 1.0,  # () or (1, C, 1, 1)
 ) -> Samples:
     "Boundary supporting samples: down L = f_base - f_target until x leaves its class (Heo et al. 2019)."
-    eta = _check_walk(x, base, target, rule, eta, eps, steps)
-    unit = Normalize.of(model)[1] if unit is None else unit
+    eta, x = _check_plan(x, base, target, rule, eta, eps, steps), _as_fine(model, x)
+    unit = _check_space(Normalize.of(model)[1] if unit is None else unit, low, high)
     with frozen(model), torch.no_grad():
         height, slope, logits = _height(model, x, base, target, checked=False)
         moving = (logits.argmax(1) == base).nonzero()[:, 0]
@@ -58,7 +60,7 @@ def bss_attack(
             moved = _move(x_adv[moving], slope, eta * (height + eps), rule, unit, low, high)
             eager = left < 0.5 and k + 1 < steps     # most go on: ask for the next slope in the same pass
             if eager: height, slope, answer = _height(model, moved, base[moving], target[moving])
-            else: answer = _full(model(moved))
+            else: answer = full(model(moved))
             x_adv[moving], logits[moving] = moved, answer
             iterations[moving] += 1
             walks = answer.argmax(1) == base[moving]
@@ -68,21 +70,16 @@ def bss_attack(
     return Samples(x_adv, (logits.argmax(1) == target) & (iterations > 0), iterations, logits)
 
 # %% ../nbs/20_bss.ipynb #266ca194
-def _alike(shape, other, rule):
-    if shape != other: raise ValueError(f"{rule}, got {tuple(shape)} and {tuple(other)}")
-
 def _gap(logits, base, target):  # L, (B,)
     return (logits.gather(1, base[:, None]) - logits.gather(1, target[:, None]))[:, 0]
-
-def _full(logits): return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 # %% ../nbs/20_bss.ipynb #5b12ca34
 def _height(model, x, base, target, checked=True):
     "L (B,), its gradient (B, C, H, W), and the logits (B, K)."
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        logits = _full(model(x))
-        if not checked: _check_classes(logits, base, target)
+        logits = full(logits_of(model(x), len(x)))
+        if not checked: _check_walk(x, base, target, logits.shape[1])
         height = _gap(logits, base, target)
         (slope,) = torch.autograd.grad(height.sum(), x)
     return height.detach(), slope, logits.detach()
@@ -93,33 +90,39 @@ def _move(x, slope, size, rule, unit, low, high):
     slope = slope * unit
     length = slope.flatten(1).norm(dim=1).clamp_min(1e-12)
     size = size / length**(2 if rule == "boundary" else 1)
-    return (x - unit * slope * size.view(-1, *[1] * (x.ndim - 1))).clamp_(min=low).clamp_(max=high)
+    moved = x - unit * slope * size.view(-1, *[1] * (x.ndim - 1))
+    return moved.clamp_(min=low).clamp_(max=high).to(x.dtype)
+
+def _as_fine(model, x):  # a model in float64 is walked in float64
+    return x.to(torch.promote_types(x.dtype, next((p.dtype for p in model.parameters()), x.dtype)))
 
 # %% ../nbs/20_bss.ipynb #927995f3
-def _check_walk(x, base, target, rule, eta, eps, steps):
+def _check_plan(x, base, target, rule, eta, eps, steps):
     usual = {"paper": 0.3, "boundary": 1.02}
-    if rule not in usual: raise ValueError(f"rule must be paper or boundary, got {rule!r}")
+    check_choice(usual, rule=rule)
     eta = usual[rule] if eta is None else eta
-    if not (0 < eta < math.inf and 0 <= eps < math.inf):
-        raise ValueError(f"eta must be > 0 and eps >= 0, got {eta} and {eps}")
-    if type(steps) is not int or steps < 1: raise ValueError(f"steps must be an int >= 1, got {steps}")
-    if not x.is_floating_point() or not bool(x.isfinite().all()):
-        raise ValueError(f"x must hold finite floats, got {x.dtype}")
-    for labels in (base, target): _alike(labels.shape, x.shape[:1], "base and target must be (B,), B images")
-    if bool((base == target).any()):
-        raise ValueError(f"target must differ from base, row {int((base == target).nonzero()[0])} does not")
+    check_numbers("> 0", eta=eta), check_numbers(">= 0", eps=eps), check_numbers("whole >= 1", steps=steps)
+    if not x.is_floating_point(): raise ValueError(f"x must hold finite floats, got {x.dtype}")
+    check_alike("must be (B,), B images", 1, base=base, target=target, images=x.new_empty(len(x)))
     return eta
 
-# %% ../nbs/20_bss.ipynb #e9c8025b
-def _check_classes(logits, base, target):
-    if logits.ndim != 2 or len(logits) != len(base) or logits.shape[1] < 2:
-        raise ValueError(f"logits must be ({len(base)}, K) with K >= 2, got {tuple(logits.shape)}")
-    for name, labels in (("base", base), ("target", target)):
-        if len(labels) and (labels.min() < 0 or labels.max() >= logits.shape[1]):
-            rule = f"{name} must lie in [0, {logits.shape[1]})"
-            raise ValueError(f"{rule}, got {labels.min()} to {labels.max()}")
+def _check_space(unit, low, high):  # numbers only: a look at tensors would wait for the device
+    if not isinstance(unit, Tensor): check_numbers("> 0", unit=unit)
+    if not any(isinstance(v, Tensor) for v in (low, high)) and not low <= high:
+        raise ValueError(f"low must be <= high, got {low} and {high}")
+    return unit
+
+def _check_walk(x, base, target, K):  # reads the device once, before the first step
+    check_numbers("whole >= 2", K=K)
+    wrong = (base == target) | (base < 0) | (base >= K) | (target < 0) | (target >= K)
+    if not bool(wrong.any() | ~x.isfinite().all()): return
+    check_labels(base, K, "base"), check_labels(target, K, "target")
+    if not bool(wrong.any()): raise ValueError("x must hold finite floats, got NaN or inf")
+    raise ValueError(f"target must differ from base, row {int(wrong.nonzero()[0])} does not")
 
 # %% ../nbs/20_bss.ipynb #8dd3fcae
+_BASES, _TARGETS = ("gap", "random"), ("sampled", "likeliest", "uniform")
+
 def select_base(
     student_logits: Tensor,   # (B, K) raw scores
     teacher_logits: Tensor,   # (B, K) raw scores
@@ -128,14 +131,13 @@ def select_base(
     how: str = "gap",         # where student and teacher differ most; "random": any that both have right
 ) -> Tensor:                  # (M,) int64 rows, M <= limit; may be empty
     "Images to start from: both networks are right on them (Heo et al. 2019)."
-    if how not in ("gap", "random"): raise ValueError(f"how must be gap or random, got {how!r}")
-    if limit < 1: raise ValueError(f"limit must be >= 1, got {limit}")
-    _alike(student_logits.shape, teacher_logits.shape, "logits must be (B, K) alike")
-    _alike(y.shape, student_logits.shape[:1], "y must hold one label a row")
+    check_choice(_BASES, how=how), check_numbers("whole >= 1", limit=limit)
+    check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
+    check_alike("must hold one label a row", 1, y=y, rows=student_logits[:, 0])
     rows = ((student_logits.argmax(1) == y) & (teacher_logits.argmax(1) == y)).nonzero()[:, 0]
     if len(rows) <= limit: return rows
     if how == "random": return rows[torch.randperm(len(rows))[:limit].to(rows.device)]
-    gap = _full(teacher_logits[rows]).softmax(1) - _full(student_logits[rows]).softmax(1)
+    gap = full(teacher_logits[rows]).softmax(1) - full(student_logits[rows]).softmax(1)
     gap = gap.scatter(1, y[rows, None], 0).square().sum(1)
     return rows[gap.topk(limit).indices]
 
@@ -147,10 +149,11 @@ def sample_target(
     generator: torch.Generator | None = None,  # on the device of the logits; None: the global one
 ) -> Tensor:                  # (B,) int64, never the base
     "A class to walk to, drawn with probability q_k / (1 - q_base), q the teacher's (Heo 2019)."
-    if how not in ("sampled", "likeliest", "uniform"):
-        raise ValueError(f"how must be sampled, likeliest or uniform, got {how!r}")
-    _check_classes(teacher_logits, base, base)
-    others = _full(teacher_logits.detach()).scatter(1, base[:, None], -math.inf)
+    check_choice(_TARGETS, how=how), check_logits(teacher_logits=teacher_logits)
+    check_alike("must hold one class a row", 1, base=base, rows=teacher_logits[:, 0])
+    K = teacher_logits.shape[1]
+    check_numbers("whole >= 2", K=K), check_labels(base, K, "base")
+    others = full(teacher_logits.detach()).scatter(1, base[:, None], -math.inf)
     if how == "likeliest" or not len(base): return others.argmax(1)
     if how == "uniform": others = others.where(others.isinf(), 0)
     return torch.multinomial(others.softmax(1), 1, generator=generator)[:, 0]
@@ -163,13 +166,14 @@ def bss_loss(
     form: str = "ce",           # cross-entropy with the teacher's answer (paper); "kl": less its entropy
 ) -> Tensor:                    # scalar, nats, mean over the batch; 0 if it is empty
     "Cross-entropy of softened answers, on clean images and on samples alike (Heo et al. 2019)."
-    if not 0 < temperature < math.inf: raise ValueError(f"temperature must be > 0, got {temperature}")
-    if form not in ("ce", "kl"): raise ValueError(f"form must be ce or kl, got {form!r}")
-    _alike(student_logits.shape, teacher_logits.shape, "logits must have the same shape (B, K)")
+    check_numbers("> 0", temperature=temperature), check_choice(("ce", "kl"), form=form)
+    check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
+    student_logits, teacher_logits = full(student_logits), full(teacher_logits)
     if not len(student_logits): return student_logits.sum() * 0
-    student_logits, teacher_logits = _full(student_logits), _full(teacher_logits)
     if form == "kl": return kd_loss(student_logits, teacher_logits, temperature) / temperature**2
-    return F.cross_entropy(student_logits / temperature, (teacher_logits / temperature).softmax(1))
+    answers, student_logits = (teacher_logits / temperature).softmax(1), student_logits / temperature
+    masked = (answers == 0) & (student_logits == -math.inf)     # a class that neither counts: 0, not NaN
+    return F.cross_entropy(student_logits.masked_fill(masked, torch.finfo(answers.dtype).min), answers)
 
 # %% ../nbs/20_bss.ipynb #8c3abe82
 def bss_weights(
@@ -177,7 +181,7 @@ def bss_weights(
     epochs: int,    # of the whole training
 ) -> tuple:         # (alpha, beta): weights of the clean and of the boundary term
     "Both terms fade: alpha from 4 to 1 over the training, beta from 2 to 0 over three quarters of it."
-    if not 1 <= epoch <= epochs: raise ValueError(f"epoch must lie in [1, {epochs}], got {epoch}")
+    check_numbers("whole >= 1", epochs=epochs), check_numbers(f"whole in [1, {epochs}]", epoch=epoch)
     return 3 * (1 - epoch / epochs) + 1, 2 * max(1 - 4 / 3 * epoch / epochs, 0.0)
 
 # %% ../nbs/20_bss.ipynb #d909fc22
@@ -192,20 +196,21 @@ class BSS:
         epochs: int,                     # of the training, for `bss_weights`
         variant: str = "paper",          # drops failed samples; "official": keeps all, cuts at 2.5 std
         attack: Callable | None = bss_attack,   # (teacher, x, base, target) -> Samples; None: no samples
-        attack_size: int = 64,           # >= 1; samples a batch, at most
+        attack_size: int = 64,           # >= 1; samples a batch, at most; of the whole run, as a batch is
         base: str = "gap", target: str = "sampled",      # see `select_base`, `sample_target`
         temperature: float = 3.0, form: str = "ce",      # see `bss_loss`
         fold: bool = True,               # ask a copy of the teacher with BatchNorm folded in
         lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 1e-4,
         schedule: Callable | None = None,     # optimiser -> scheduler, stepped once an epoch
     ):
-        _check_bss(variant, attack_size, base, target, temperature, form)
+        check_choice(("paper", "official"), variant=variant), check_choice(("ce", "kl"), form=form)
+        check_choice(_BASES, base=base), check_choice(_TARGETS, target=target)
+        check_numbers("whole >= 1", attack_size=attack_size), check_numbers("> 0", temperature=temperature)
         self.variant, self.attack_size, self.base, self.target = variant, attack_size, base, target
-        self.epochs, self.weights = epochs, bss_weights(1, epochs)      # alpha and beta of this epoch
-        self.temperature, self.form, self.student = temperature, form, student.train()
-        teacher = teacher.eval().requires_grad_(False)
+        self.epochs, self.temperature, self.form = epochs, temperature, form
+        self.student, teacher = train_mode(student), freeze(teacher, student)
         self.teacher = fold_batchnorm(teacher) if fold else teacher
-        self.attack, self.attack_name = attack, attack_name(attack)
+        self.attack, self.attack_name, self.weights = attack, attack_name(attack), bss_weights(1, epochs)
         if (variant, self.attack_name) == ("official", "bss_attack"): self.attack = partial(_official, attack)
         self.optimizer = sgd(student, lr, momentum, weight_decay)
         self.schedule = schedule(self.optimizer) if schedule else None
@@ -228,36 +233,27 @@ class BSS:
 # %% ../nbs/20_bss.ipynb #88ebfd27
 def _bss_step(method, x, y):
     loss_of = partial(bss_loss, temperature=method.temperature, form=method.form)
-    with torch.no_grad(): teacher_logits = _full(method.teacher(x))
-    logits = method.student(x)
+    with torch.no_grad(): teacher_logits = full(logits_of(method.teacher(x), len(x)))
+    logits = full(logits_of(method.student(x), len(x)))
     hard, soft = F.cross_entropy(logits, y), loss_of(logits, teacher_logits)
-    samples, boundary, landed = _samples(method, x, y, _full(logits), teacher_logits), 0 * hard, 0 * hard
+    samples, boundary, landed = _samples(method, x, y, logits, teacher_logits), 0 * hard, 0 * hard
     if samples is not None:
         kept = samples.success if method.variant == "paper" else slice(None)
         landed = samples.success.float().mean()
         if len(samples.x[kept]) > 1: boundary = loss_of(method.student(samples.x[kept]), samples.logits[kept])
     loss = hard + method.weights[0] * soft + method.weights[1] * boundary
-    loss.backward()
-    method.optimizer.step(); method.optimizer.zero_grad()
+    update(method.optimizer, loss)
     found = {"loss": loss, "hard": hard, "soft": soft, "boundary": boundary, "landed": landed}
     return {name: value.detach() for name, value in found.items()}
 
 # %% ../nbs/20_bss.ipynb #ffbf65f7
 def _samples(method, x, y, logits, teacher_logits):
     if not method.attack or not method.weights[1]: return None
-    rows = select_base(logits, teacher_logits, y, method.attack_size, method.base)
+    share = _share(0, method.attack_size)       # of this process
+    rows = select_base(logits, teacher_logits, y, share.stop - share.start, method.base)
     if not len(rows): return None
     target = sample_target(teacher_logits[rows], y[rows], method.target)
     return method.attack(method.teacher, x[rows], y[rows], target)
-
-# %% ../nbs/20_bss.ipynb #32c78e54
-def _check_bss(variant, attack_size, base, target, temperature, form):
-    if variant not in ("paper", "official"):
-        raise ValueError(f"variant must be paper or official, got {variant!r}")
-    one, zero = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
-    select_base(one, one, zero, attack_size, base)
-    sample_target(one, zero, target, torch.Generator())
-    bss_loss(one, one, temperature, form)
 
 # %% ../nbs/20_bss.ipynb #e919fbab
 def _official(attack, model, *walk):  # pixels cut where the official code cuts, not where colours end
@@ -270,10 +266,10 @@ def mag_sim(
     other_shift: Tensor,   # (N, ...): the same of another network
 ) -> Tensor:               # (N,) in [0, 1]; two zeros are alike (1)
     "How like the distances to two boundaries are: the smaller by the larger (Heo et al. 2019)."
-    _alike(shift.shape, other_shift.shape, "perturbations must be (N, ...) of the same shape")
-    a, b = shift.flatten(1).norm(dim=1), other_shift.flatten(1).norm(dim=1)
+    check_alike("must have the same shape (N, ...)", shift=shift, other_shift=other_shift)
+    a, b = (full(v).flatten(1).norm(dim=1) for v in (shift, other_shift))
     large = torch.maximum(a, b)
-    return torch.where(large > 0, torch.minimum(a, b) / large.clamp_min(torch.finfo(a.dtype).tiny), 1)
+    return torch.where(large == 0, 1, torch.minimum(a, b) / large.clamp_min(torch.finfo(a.dtype).tiny))
 
 # %% ../nbs/20_bss.ipynb #8010c3df
 def ang_sim(
@@ -281,8 +277,9 @@ def ang_sim(
     other_shift: Tensor,   # (N, ...)
 ) -> Tensor:               # (N,) in [-1, 1]; 0 where either is zero
     "How like the directions to two boundaries are: the cosine (Heo et al. 2019)."
-    _alike(shift.shape, other_shift.shape, "perturbations must be (N, ...) of the same shape")
-    return F.cosine_similarity(shift.flatten(1), other_shift.flatten(1), eps=1e-20).clamp(-1, 1)
+    check_alike("must have the same shape (N, ...)", shift=shift, other_shift=other_shift)
+    a, b = full(shift).flatten(1), full(other_shift).flatten(1)
+    return F.cosine_similarity(a, b, eps=1e-20).clamp(-1, 1)
 
 # %% ../nbs/20_bss.ipynb #b874b82a
 class Boundary(NamedTuple):
@@ -300,9 +297,11 @@ def find_boundary(
     **walk,                    # of `bss_attack`; rule is "boundary" unless given
 ) -> Boundary:
     "Walk every image to its boundary with every other class."
+    check_numbers("whole >= 1", batch_size=batch_size)
     if not len(x): raise ValueError("there are no images to start from")
-    _alike(base.shape, x.shape[:1], "base must hold one class an image")
-    with frozen(model), torch.no_grad(): K = model(x[:1]).shape[1]
+    check_alike("must be (N,), N images", 1, base=base, images=x.new_empty(len(x)))
+    x = _as_fine(model, x)
+    with frozen(model), torch.no_grad(): K = logits_of(model(x[:1]), 1).shape[1]
     rows, targets = (base[:, None] != torch.arange(K, device=x.device)).nonzero().T
     shifts = x.new_zeros(len(x), K, *x.shape[1:])
     found = Boundary(shifts, torch.zeros(len(x), K, dtype=torch.bool, device=x.device))
@@ -317,7 +316,7 @@ def boundary_similarity(
     second: Boundary,   # of another one, from the same images
 ) -> dict[str, float]:  # mag_sim, ang_sim: means over ways that both found; ways: their share of N (K - 1)
     "How like two networks' boundaries are, in distance and in direction (Heo et al. 2019)."
-    _alike(first.success.shape, second.success.shape, "boundaries must be of the same (N, K)")
+    check_alike("must be of the same (N, K)", first=first.success, second=second.success)
     both = first.success & second.success
     if not bool(both.any()): raise ValueError("no image has a way to the same boundary in both networks")
     ours, theirs = first.shift[both], second.shift[both]

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attacks import frozen
+from .checks import check_alike, check_choice, check_numbers, full, logits_of
 from .models import features, seeded
-from .training import sgd
+from .training import freeze, sgd, train_mode, update
 
 # %% ../nbs/11_features.ipynb #b11bed32
 def hint_loss(
@@ -26,41 +27,28 @@ def hint_loss(
     reduction: str = "mean",              # over all elements (codes); "half_sum": half the sum, mean over B
 ) -> Tensor:                              # scalar
     "Squared distance of a student's map, once translated, from a teacher's (Romero et al. 2015, eq. 3)."
-    if reduction not in ("mean", "half_sum"):
-        raise ValueError(f"reduction must be mean or half_sum, got {reduction!r}")
-    guess = regressor(student_map) if regressor else student_map
-    _check_alike(guess, teacher_map, "a regressor (hint_regressor) or another layer is needed")
-    gap = _full(guess) - _full(teacher_map)
+    check_choice(("mean", "half_sum"), reduction=reduction)
+    guess = regressor(full(student_map)) if regressor else student_map
+    check_alike("must have the same shape (a regressor, `hint_regressor`, or another layer is needed)",
+                student_map=guess, teacher_map=teacher_map)
+    gap = full(guess) - full(teacher_map)
     return gap.square().mean() if reduction == "mean" else gap.square().flatten(1).sum(1).mean() / 2
-
-# %% ../nbs/11_features.ipynb #7b27a24b
-def _full(maps):  # at least float32: squares and sums of bfloat16 lose too much
-    return maps.float() if maps.dtype in (torch.bfloat16, torch.float16) else maps
-
-def _check_maps(*maps):
-    for m in maps:
-        if m.ndim != 4: raise ValueError(f"maps must be (B, D, H, W), got shape {tuple(m.shape)}")
-
-def _check_alike(student_map, teacher_map, advice):
-    if student_map.shape != teacher_map.shape:
-        shapes = f"{tuple(student_map.shape)} and {tuple(teacher_map.shape)}"
-        raise ValueError(f"maps must have the same shape, got {shapes}: {advice}")
 
 # %% ../nbs/11_features.ipynb #9ee86d17
 def hint_regressor(
-    student_map: Tensor,         # (B, D, H, W) of any batch: only its shape counts
+    student_map: Tensor,         # (B, D, H, W) of any batch: shape, dtype and device count
     teacher_map: Tensor,         # (B, E, h, w); h <= H and w <= W
     seed: int | None = None,     # initialisation of its own; None draws from torch's global generator
 ) -> nn.Conv2d:                  # to (B, E, h, w)
     "FitNet's translator: the convolution without padding that takes the one shape to the other."
-    _check_maps(student_map, teacher_map)
+    for maps in (student_map, teacher_map): check_alike("must be (B, D, H, W)", 4, maps=maps)
     (height, width), (h, w) = student_map.shape[2:], teacher_map.shape[2:]
     if h > height or w > width:
         raise ValueError(f"a regressor cannot enlarge a map, got {height} x {width} to {h} x {w}")
     kernel = (height - h + 1, width - w + 1)
     with seeded(seed):
         made = nn.Conv2d(student_map.shape[1], teacher_map.shape[1], kernel)
-    return made.to(student_map.device)
+    return made.to(full(student_map))
 
 # %% ../nbs/11_features.ipynb #47584a63
 def attention_map(
@@ -68,9 +56,8 @@ def attention_map(
     power: float = 2.0,  # >= 1: below, a zero has no gradient
 ) -> Tensor:             # (B, H * W), each of l2 length 1; all zeros stay zeros
     "Where a layer is active: the mean of |activation|^power over channels (Zagoruyko 2017, sec. 3.1)."
-    _check_maps(maps)
-    if not power >= 1: raise ValueError(f"power must be >= 1, got {power}")
-    maps = _full(maps)
+    check_alike("must be (B, D, H, W)", 4, maps=maps), check_numbers(">= 1", power=power)
+    maps = full(maps)
     top = maps.detach().abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-30)   # a faint map counts as well
     return F.normalize((maps / top).abs().pow(power).mean(1).flatten(1), dim=1)
 
@@ -82,20 +69,17 @@ def attention_loss(
     power: float = 2.0,           # see `attention_map`
 ) -> Tensor:                      # scalar: sum over layers, mean over the batch
     "How differently two networks spread their attention; blind to channels and to scale."
-    _check_form(form)
+    check_choice(("norm", "mean_square"), form=form)
     total = 0.0
     for ours, theirs in _pairs(student_maps, teacher_maps):
         ours, theirs = attention_map(ours, power), attention_map(theirs, power)
-        _check_alike(ours, theirs, "choose layers of equal height and width")
+        check_alike("must have the same shape: choose layers of equal height and width",
+                    student_map=ours, teacher_map=theirs)
         gap = ours - theirs
         total = total + (gap.square().mean() if form == "mean_square" else _length(gap).mean())
     return total
 
 # %% ../nbs/11_features.ipynb #5c9b86d4
-def _check_form(form):
-    if form not in ("norm", "mean_square"):
-        raise ValueError(f"form must be norm or mean_square, got {form!r}")
-
 def _length(rows):  # (B, N) -> (B,): as .norm(dim=1), but with gradient 0 instead of NaN at 0
     square = rows.square().sum(1)
     return torch.where(square > 0, square.where(square > 0, square.new_ones(())).sqrt(), 0.0 * square)
@@ -113,11 +97,11 @@ def fsp_matrix(
     last: Tensor,    # (B, E, h, w), map at its end; the larger map is pooled (max) to the smaller one's size
 ) -> Tensor:         # (B, D, E)
     "Flow of solution procedure: how channels at two depths go together (Yim et al. 2017, eq. 1)."
-    _check_maps(first, last)
+    for maps in (first, last): check_alike("must be (B, D, H, W)", 4, maps=maps)
     size = [min(a, b) for a, b in zip(first.shape[2:], last.shape[2:], strict=True)]
     first, last = (m if list(m.shape[2:]) == size else F.adaptive_max_pool2d(m, size) for m in (first, last))
     with torch.autocast(first.device.type, enabled=False):
-        return torch.einsum("bdhw,behw->bde", _full(first), _full(last)) / (size[0] * size[1])
+        return torch.einsum("bdhw,behw->bde", full(first), full(last)) / (size[0] * size[1])
 
 # %% ../nbs/11_features.ipynb #ce1e34e6
 def fsp_loss(
@@ -130,7 +114,8 @@ def fsp_loss(
     total = 0.0
     for (a, b), (c, d) in zip(pairs, pairs[1:], strict=False):
         ours, theirs = fsp_matrix(a, c), fsp_matrix(b, d)
-        _check_alike(ours, theirs, "FSP needs layers with the same numbers of channels")
+        check_alike("must have the same shape: FSP needs layers with the same numbers of channels",
+                    student_matrix=ours, teacher_matrix=theirs)
         total = total + F.mse_loss(ours, theirs)
     return total / (len(pairs) - 1)
 
@@ -152,8 +137,11 @@ class FeatureKD:
         lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 5e-4,
         schedule: Callable | None = None,   # optimiser -> scheduler, stepped once an epoch
     ):
-        _check_feature_kd(beta, soft, alpha, pretrain_epochs)
-        self.student, self.teacher = student.train(), teacher.eval().requires_grad_(False)
+        check_numbers(">= 0", beta=beta), check_numbers("in [0, 1]", alpha=alpha)
+        check_numbers("whole >= 0", pretrain_epochs=pretrain_epochs)
+        if alpha and soft is None: raise ValueError("alpha > 0 needs soft, such as kdnb.kd.kd_loss")
+        if pretrain_epochs and not beta: raise ValueError("pretrain_epochs needs beta > 0")
+        self.student, self.teacher = train_mode(student), freeze(teacher, student)
         self.transfer, self.layers, self.beta = transfer, layers, beta
         self.soft, self.alpha, self.pretrain_epochs = soft, alpha, pretrain_epochs
         self.start_epoch(0)
@@ -169,10 +157,7 @@ class FeatureKD:
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         "One update on x (B, C, H, W) in [0, 1], y (B,): (1 - alpha) hard + alpha soft + beta transfer."
-        found = _feature_kd_losses(self, x, y)
-        found["loss"].backward()
-        self.optimizer.step(); self.optimizer.zero_grad()
-        return {name: value.detach() for name, value in found.items()}
+        return _feature_kd_step(self, x, y)
 
     def end_epoch(self, epoch: int) -> None:
         "Move the learning rate on; between the two stages forget the momentum."
@@ -180,27 +165,21 @@ class FeatureKD:
         if self.schedule: self.schedule.step()
 
 # %% ../nbs/11_features.ipynb #64592200
-def _feature_kd_losses(method, x, y):  # a part of weight 0 gives no gradient; soft and transfer are then 0
-    weights, teacher_logits = method.weights, None
-    if weights["transfer"]:
-        with torch.no_grad(): teacher_logits, theirs = features(method.teacher, x, method.layers)
-        logits, ours = features(method.student, x, method.layers)
-    else:
-        if weights["soft"]:
-            with torch.no_grad(): teacher_logits = method.teacher(x)
-        logits = method.student(x)
+def _feature_kd_step(method, x, y):  # a part of weight 0 gives no gradient; soft and transfer are then 0
+    weights, teacher_logits, theirs = method.weights, None, None
+    def answer(model):
+        logits, maps = features(model, x, method.layers) if weights["transfer"] else (model(x), None)
+        return full(logits_of(logits, len(x))), maps
+
+    if weights["soft"] or weights["transfer"]:
+        with torch.no_grad(): teacher_logits, theirs = answer(method.teacher)
+    logits, ours = answer(method.student)
     parts = {"hard": F.cross_entropy(logits, y)}
     parts["soft"] = method.soft(logits, teacher_logits) if weights["soft"] else logits.new_zeros(())
     parts["transfer"] = method.transfer(ours, theirs) if weights["transfer"] else logits.new_zeros(())
-    return {"loss": sum(weights[name] * parts[name] for name in parts if weights[name])} | parts
-
-# %% ../nbs/11_features.ipynb #bc8c1c8a
-def _check_feature_kd(beta, soft, alpha, pretrain_epochs):
-    if not beta >= 0: raise ValueError(f"beta must be >= 0, got {beta}")
-    if not 0 <= alpha <= 1: raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
-    if alpha and soft is None: raise ValueError("alpha > 0 needs soft, such as kdnb.kd.kd_loss")
-    if pretrain_epochs < 0: raise ValueError(f"pretrain_epochs must be >= 0, got {pretrain_epochs}")
-    if pretrain_epochs and not beta: raise ValueError("pretrain_epochs needs beta > 0")
+    loss = sum(weights[name] * parts[name] for name in parts if weights[name])
+    update(method.optimizer, loss)
+    return {name: value.detach() for name, value in ({"loss": loss} | parts).items()}
 
 # %% ../nbs/11_features.ipynb #729323c9
 class _Hint(nn.Module):
@@ -243,7 +222,7 @@ class AT(FeatureKD):
         beta: float = 1000.0,         # >= 0: weight of `attention_loss`; for "mean_square", 32 x 32 images
         **recipe,                     # layers, soft, alpha, lr ...: see `FeatureKD`
     ):
-        _check_form(form)
+        check_choice(("norm", "mean_square"), form=form)
         super().__init__(student, teacher, partial(attention_loss, form=form), beta=beta, **recipe)
 
 # %% ../nbs/11_features.ipynb #a87ca2e1

@@ -322,7 +322,12 @@ def test_both_rates_follow_half_a_cosine(variant, rates):
         abm.step()
 
 
-VARIANTS = [({}, math.inf), (dict(variant="official"), 5.0), (dict(variant="official", clip=2.0), 2.0)]
+VARIANTS = [
+    ({}, math.inf),
+    (dict(variant="official", clip=math.inf), math.inf),
+    (dict(variant="official"), 5.0),
+    (dict(variant="official", clip=2.0), 2.0),
+]
 
 
 @pytest.mark.parametrize(("choices", "clip"), VARIANTS)
@@ -361,11 +366,11 @@ def test_clipping_bounds_the_whole_gradient():
     abm = method(variant="official", clip=1e-4, steps=4)
 
     def note(optimizer, *_):
-        grads = [p.grad for g in optimizer.param_groups for p in g["params"]]
+        grads = [p.grad for g in optimizer.param_groups for p in g["params"]]  # as the step used them
         lengths.append(torch.cat([g.flatten() for g in grads]).norm().item())
 
     for optimizer in (abm.optimizer, abm.generator_optimizer):
-        optimizer.register_step_pre_hook(note)
+        optimizer.register_step_post_hook(note)
     abm.step()
     assert len(lengths) == 4 and max(lengths) <= 1.01e-4 and min(lengths) > 0.5e-4
 
@@ -661,6 +666,10 @@ def test_curves_leave_the_networks_as_they_were():
         (dict(student_steps=2.5), "student_steps must be a whole number.*2.5"),
         (dict(beta=math.nan), "beta.*nan"),
         (dict(generator_lr=-1.0), "generator_lr.*-1"),
+        (dict(clip=math.nan), "clip must be > 0, got nan"),
+        (dict(lr="fast"), "lr must be a number > 0, got 'fast'"),
+        (dict(beta=None), "beta must be a number >= 0, got None"),
+        (dict(steps=True), "steps must be a whole number >= 1, got True"),
         (dict(layers=["stage9"]), "stage9"),
     ],
 )
@@ -672,7 +681,7 @@ def test_bad_choices_are_one_clear_line(choices, message):
 
 def test_unfit_networks_are_refused():
     student, teacher = pair()
-    with pytest.raises(ValueError, match="two networks"):
+    with pytest.raises(ValueError, match="student and teacher share stem.0.weight"):
         ABM(student, student, Generator(5, 1, 8), steps=3)
     with pytest.raises(ValueError, match="z_size"):
         ABM(student, teacher, nn.Flatten(), steps=3)
@@ -731,6 +740,9 @@ def test_losses_refuse_unlike_logits():
         (dict(steps=0), "steps.*0"),
         (dict(step_size=0.0), "step_size.*0"),
         (dict(batch_size=0), "batch_size.*0"),
+        (dict(step_size=math.nan), "step_size must be > 0, got nan"),
+        (dict(unit=math.nan), "unit must be > 0, got nan"),
+        (dict(steps=1.5), "steps must be a whole number >= 1, got 1.5"),
     ],
 )
 def test_curves_refuse_bad_choices(choices, message):
@@ -755,5 +767,177 @@ def test_curves_refuse_what_cannot_be_compared():
         transition_curves(model, model, x[:0])
     with pytest.raises(ValueError, match="NaN"):
         transition_curves(model, model, x * math.nan)
-    with pytest.raises(ValueError, match="K >= 2"):
+    with pytest.raises(ValueError, match="K must be a whole number >= 2, got 1"):
         transition_curves(linear(classes=1), linear(classes=1), x)
+
+
+# ---------------------------------------------------------------- what is there changes nothing
+
+
+def leftover(*modules):
+    "A gradient as a foreign loop leaves it behind."
+    for p in (p for m in modules for p in m.parameters()):
+        p.grad = torch.full_like(p, 3.0)
+
+
+@pytest.mark.parametrize("variant", ["paper", "official"])
+def test_leftover_gradients_never_enter(variant):
+    ends = []
+    for left in (False, True):
+        student, teacher = pair()
+        generator = Generator(5, 1, 8, seed=3)
+        if left:
+            leftover(student, teacher, generator)
+        torch.manual_seed(0)
+        abm = ABM(student, teacher, generator, steps=4, batch_size=8, student_steps=2, variant=variant)
+        abm.step(), abm.step()
+        ends.append(abm)
+    for net in ("student", "generator", "teacher"):
+        assert not moved(state(getattr(ends[0], net)), getattr(ends[1], net))
+
+
+@pytest.mark.parametrize("net", ["student", "generator"])
+def test_a_batch_norm_that_its_owner_froze_stays(net):
+    student, teacher = pair()
+    nets = {"student": student, "generator": Generator(5, 1, 8, seed=3)}
+    still = next(m for m in nets[net].modules() if isinstance(m, nn.BatchNorm2d))
+    still.eval().requires_grad_(False)
+    before = state(still)
+    ABM(student, teacher, nets["generator"], steps=4, batch_size=8, student_steps=2).step()
+    assert not still.training and nets[net].training and not moved(before, still)
+
+
+def test_networks_that_share_modules_are_refused():
+    student, teacher = pair()
+    teacher.stage1 = student.stage1
+    with pytest.raises(ValueError, match="student and teacher share stage1"):
+        ABM(student, teacher, Generator(5, 1, 8), steps=3)
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def test_clipping_comes_after_what_fit_does_to_gradients():
+    "`fit` averages over processes in a hook that it adds later; here one that makes gradients long."
+    lengths, abm = [], method(variant="official", clip=1e-2, steps=4)
+
+    def lengthen(optimizer, *_):
+        for p in (p for g in optimizer.param_groups for p in g["params"]):
+            p.grad.mul_(1000)
+
+    def note(optimizer, *_):
+        grads = [p.grad.flatten() for g in optimizer.param_groups for p in g["params"]]
+        lengths.append(torch.cat(grads).norm().item())
+
+    for optimizer in (abm.optimizer, abm.generator_optimizer):
+        optimizer.register_step_pre_hook(lengthen), optimizer.register_step_post_hook(note)
+    abm.step()
+    assert lengths == pytest.approx([1e-2] * 4, rel=1e-3)
+    assert len(abm.optimizer._optimizer_step_pre_hooks) == 1  # ours is gone again
+
+
+def test_batch_size_is_of_the_whole_run(monkeypatch):
+    abm, seen = method(batch_size=8, fresh=True, student_steps=1), []
+    abm.generator.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    abm.step()
+    for name, value in (("is_initialized", True), ("get_rank", 1), ("get_world_size", 2)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    abm.step()
+    assert set(seen[: len(seen) // 2]) == {8} and set(seen[len(seen) // 2 :]) == {4}
+    with pytest.raises(ValueError, match="9 images cannot be shared by 2 processes"):
+        method(batch_size=9).step()
+
+
+# ---------------------------------------------------------------- precision, compiled losses, other networks
+
+LOSSES = {
+    "generator": lambda s, t, a, b: generator_loss(s, t),
+    "student": lambda s, t, a, b: abm_student_loss(s, t, beta=0),
+    "norm": lambda s, t, a, b: abm_student_loss(s, t, [a], [b], 7.0),
+    "mean_square": lambda s, t, a, b: abm_student_loss(s, t, [a], [b], 7.0, "mean", "mean_square"),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_are_at_least_float32_and_compile(name):
+    loss, shapes = LOSSES[name], ((6, 5), (6, 5), (6, 3, 4, 4), (6, 2, 4, 4))
+    exact = [torch.randn(s, generator=stream(k), dtype=torch.float64) for k, s in enumerate(shapes)]
+    rough = [v.bfloat16() for v in exact]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert loss(*rough).equal(loss(*[v.float() for v in rough]))
+        assert loss(*exact).dtype == torch.float64
+    torch._dynamo.reset()
+    single = [v.float() for v in exact]
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*single), loss(*single))
+
+
+def test_a_step_in_bfloat16_counts_its_losses_in_full():
+    abm = method(beta=3.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(v.dtype == torch.float32 for v in abm.step().values())
+
+
+def test_a_masked_class_counts_nothing():
+    s, t = torch.randn(2, 6, 5, generator=stream(0), dtype=torch.float64)
+    q = t[:, 1:].softmax(1)
+    wanted = (q * (q.log() - s.log_softmax(1)[:, 1:])).sum(1).mean()
+    t[:, 0] = -math.inf
+    torch.testing.assert_close(abm_student_loss(s, t, beta=0), wanted)
+
+
+def test_float64_stays_float64():
+    student, teacher = (net.double() for net in pair())
+    abm = ABM(student, teacher, Generator(5, 1, 8).double(), steps=3, batch_size=8, student_steps=1)
+    found = abm.step()
+    assert found["loss"].dtype == found["generator"].dtype == torch.float64
+    x = torch.rand(20, 1, 8, 8, generator=stream(5))
+    for images in (x, x.double()):
+        assert transition_curves(student, student, images, steps=3).own.dtype == torch.float64
+    images = [transition_curves(student, student, v, steps=3).own for v in (x, x.double())]
+    assert images[0].equal(images[1])
+
+
+class Two(nn.Module):
+    "Answers with a tuple."
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x), None
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_model_that_gives_more_than_logits_is_refused(who):
+    nets, x = pair(), torch.rand(4, 1, 8, 8, generator=stream(5))
+    nets[who] = Two(nets[who])
+    for call in (
+        lambda: ABM(*nets, Generator(5, 1, 8), steps=3, beta=0),
+        lambda: ABM(*nets, Generator(5, 1, 8), steps=3),
+        lambda: transition_curves(*nets, x, steps=2),
+    ):
+        with pytest.raises(ValueError, match="the model must return logits of shape .*, got a tuple; wrap"):
+            call()
+
+
+def test_a_model_that_gives_more_in_training_only_is_refused():
+    class Aux(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return (self.inner(x), None) if self.training else self.inner(x)
+
+    student, teacher = pair()
+    with pytest.raises(ValueError, match=r"logits of shape \(8, K\), got a tuple; wrap"):
+        ABM(Aux(student), teacher, Generator(5, 1, 8), steps=3, beta=0, batch_size=8).step()
+
+
+def test_losses_refuse_sequences():
+    s = torch.zeros(2, 7, 3)
+    for loss in (generator_loss, lambda a, b: abm_student_loss(a, b, beta=0)):
+        with pytest.raises(ValueError, match=r"same shape \(B, K\), got shape \(2, 7, 3\)"):
+            loss(s, s)

@@ -654,39 +654,47 @@ Z = torch.zeros(2, 3)
         (lambda: bss_attack(NET, X, B, torch.tensor([1, 1])), "target must differ from base, row 1 does not"),
         (
             lambda: bss_attack(NET, X, B, K[:1]),
-            r"base and target must be \(B,\), B images, got \(1,\) and \(2,\)",
+            r"base and target and images must be \(B,\), B images, got shape \(2,\) and shape \(1,\)",
         ),
-        (lambda: bss_attack(NET, X, B, K, eta=0.0), "eta must be > 0 and eps >= 0, got 0.0 and 0.0001"),
-        (lambda: bss_attack(NET, X, B, K, eta=math.nan), "eta must be > 0 and eps >= 0, got nan"),
-        (lambda: bss_attack(NET, X, B, K, eps=-1.0), "eta must be > 0 and eps >= 0, got 0.3 and -1.0"),
-        (lambda: bss_attack(NET, X, B, K, steps=0), "steps must be an int >= 1, got 0"),
-        (lambda: bss_attack(NET, X, B, K, steps=2.5), "steps must be an int >= 1, got 2.5"),
+        (lambda: bss_attack(NET, X, B, K, eta=0.0), "eta must be > 0, got 0.0"),
+        (lambda: bss_attack(NET, X, B, K, eta=math.nan), "eta must be > 0, got nan"),
+        (lambda: bss_attack(NET, X, B, K, eps=-1.0), "eps must be >= 0, got -1.0"),
+        (lambda: bss_attack(NET, X, B, K, steps=0), "steps must be a whole number >= 1, got 0"),
+        (lambda: bss_attack(NET, X, B, K, steps=2.5), "steps must be a whole number >= 1, got 2.5"),
         (lambda: bss_attack(NET, X, B, K, rule="deepfool"), "rule must be paper or boundary, got 'deepfool'"),
         (lambda: bss_attack(NET, X, B, K + 1), r"target must lie in \[0, 3\), got 2 to 3"),
-        (lambda: bss_attack(nn.Flatten(0), X, B, K), r"logits must be \(2, K\) with K >= 2, got \(10,\)"),
+        (lambda: bss_attack(nn.Flatten(0), X, B, K), r"logits of shape \(2, K\), got shape \(10,\)"),
         (lambda: bss_attack(NET, X.long(), B, K), "x must hold finite floats, got torch.int64"),
-        (lambda: bss_attack(NET, X * math.nan, B, K), "x must hold finite floats, got torch.float64"),
-        (lambda: sample_target(Z[:, :1], torch.zeros(2).long()), r"logits must be \(2, K\) with K >= 2"),
+        (lambda: bss_attack(NET, X * math.nan, B, K), "x must hold finite floats, got NaN or inf"),
+        (lambda: sample_target(Z[:, :1], torch.zeros(2).long()), "K must be a whole number >= 2, got 1"),
         (lambda: bss_loss(Z, Z, math.nan), "temperature must be > 0, got nan"),
-        (lambda: find_boundary(NET, X, B[:1]), r"base must hold one class an image, got \(1,\) and \(2,\)"),
-        (lambda: select_base(Z, Z, B, 0), "limit must be >= 1, got 0"),
+        (lambda: find_boundary(NET, X, B[:1]), r"N images, got shape \(1,\) and shape \(2,\)"),
+        (lambda: select_base(Z, Z, B, 0), "limit must be a whole number >= 1, got 0"),
         (lambda: select_base(Z, Z, B, how="best"), "how must be gap or random, got 'best'"),
-        (lambda: select_base(Z, torch.zeros(2, 4), B), r"logits must be \(B, K\) alike, got"),
+        (lambda: select_base(Z, torch.zeros(2, 4), B), r"must have the same shape \(B, K\), got"),
         (lambda: sample_target(Z, B, "first"), "how must be sampled, likeliest or uniform, got 'first'"),
         (lambda: sample_target(Z, B + 2), r"base must lie in \[0, 3\), got 2 to 3"),
         (lambda: bss_loss(Z, Z, 0.0), "temperature must be > 0, got 0.0"),
         (lambda: bss_loss(Z, Z, form="mse"), "form must be ce or kl, got 'mse'"),
-        (lambda: bss_loss(Z, torch.zeros(2, 4)), r"same shape \(B, K\), got \(2, 3\) and \(2, 4\)"),
-        (lambda: bss_weights(0, 80), r"epoch must lie in \[1, 80\], got 0"),
+        (lambda: bss_loss(Z, torch.zeros(2, 4)), r"same shape \(B, K\), got shape \(2, 3\) and"),
+        (lambda: bss_loss(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)), r"same shape \(B, K\), got shape"),
+        (lambda: BSS(linear(), NET, epochs=4, lr=math.nan), "lr must be > 0, got nan"),
+        (lambda: BSS(linear(), NET, epochs=4, temperature="3"), "temperature must be a number > 0, got '3'"),
+        (lambda: BSS(linear(), NET, epochs=2.5), "epochs must be a whole number >= 1, got 2.5"),
+        (lambda: find_boundary(NET, X, B, batch_size=0), "batch_size must be a whole number >= 1, got 0"),
+        (lambda: bss_attack(NET, X, B, K, eps=math.nan), "eps must be >= 0, got nan"),
+        (lambda: bss_attack(NET, X, B, K, unit=math.nan), "unit must be > 0, got nan"),
+        (lambda: bss_attack(NET, X, B, K, low=math.nan), "low must be <= high, got nan and 1.0"),
+        (lambda: bss_weights(0, 80), r"epoch must be a whole number in \[1, 80\], got 0"),
         (
             lambda: BSS(linear(), NET, epochs=4, variant="code"),
             "variant must be paper or official, got 'code'",
         ),
-        (lambda: BSS(linear(), NET, epochs=0), r"epoch must lie in \[1, 0\], got 1"),
-        (lambda: BSS(linear(), NET, epochs=4, attack_size=0), "limit must be >= 1, got 0"),
+        (lambda: BSS(linear(), NET, epochs=0), "epochs must be a whole number >= 1, got 0"),
+        (lambda: BSS(linear(), NET, epochs=4, attack_size=0), "attack_size must be a whole number >= 1"),
         (lambda: BSS(linear(), NET, epochs=4, temperature=-1.0), "temperature must be > 0, got -1.0"),
-        (lambda: mag_sim(shifts(), shifts(3)), r"perturbations must be \(N, ...\) of the same shape"),
-        (lambda: select_base(Z, Z, B[:1]), r"y must hold one label a row, got \(1,\) and \(2,\)"),
+        (lambda: mag_sim(shifts(), shifts(3)), r"must have the same shape \(N, ...\)"),
+        (lambda: select_base(Z, Z, B[:1]), r"must hold one label a row, got shape \(1,\) and shape \(2,\)"),
         (lambda: find_boundary(NET, X[:0], B[:0]), "there are no images to start from"),
         (
             lambda: boundary_similarity(Boundary(Z, Z > 0), Boundary(Z, Z > 0)),
@@ -694,7 +702,7 @@ Z = torch.zeros(2, 3)
         ),
         (
             lambda: boundary_similarity(Boundary(Z, Z > 0), Boundary(Z, torch.zeros(2, 4) > 0)),
-            r"boundaries must be of the same \(N, K\), got \(2, 3\) and \(2, 4\)",
+            r"must be of the same \(N, K\), got shape \(2, 3\) and shape \(2, 4\)",
         ),
     ],
 )
@@ -702,3 +710,142 @@ def test_bad_input_is_one_line(wrong, words):
     with pytest.raises(ValueError, match=words) as error:
         wrong()
     assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- what is there changes nothing
+
+
+def leftover(*modules):
+    "A gradient as a foreign loop leaves it behind."
+    for p in (p for m in modules for p in m.parameters()):
+        p.grad = torch.full_like(p, 3.0)
+
+
+def test_leftover_gradients_never_enter(digits, teacher):
+    x, y, ends = digits.train.floats(slice(0, 32)), digits.train.y[:32], []
+    for left in (False, True):
+        torch.manual_seed(0)
+        student, other = digit_net(seed=1), copy.deepcopy(teacher).requires_grad_()
+        if left:
+            leftover(student, other)
+        method = BSS(student, other, epochs=4, attack_size=8)
+        method.step(x, y), method.step(x, y)
+        ends.append(student.state_dict())
+    assert all(v.equal(ends[1][k]) for k, v in ends[0].items())
+
+
+def test_a_batch_norm_that_its_owner_froze_stays(digits, teacher):
+    student = digit_net(seed=1)
+    still = student.stem[1].eval().requires_grad_(False)
+    before = copy.deepcopy(still.state_dict())
+    BSS(student, teacher, epochs=4).step(digits.train.floats(slice(0, 32)), digits.train.y[:32])
+    assert not still.training and student.training
+    assert all(v.equal(before[k]) for k, v in still.state_dict().items())
+
+
+def test_networks_that_share_modules_are_refused():
+    student, other = digit_net(), digit_net(seed=1)
+    other.stage1 = student.stage1
+    for theirs in (student, other):
+        with pytest.raises(ValueError, match="student and teacher share"):
+            BSS(student, theirs, epochs=4)
+
+
+@pytest.mark.parametrize("form", ["ce", "kl"])
+def test_the_loss_under_autocast_and_compiled(form):
+    s, t = (3 * torch.randn(8, 10, generator=stream(k)) for k in (0, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert bss_loss(s.bfloat16(), t.bfloat16(), 30.0, form).equal(
+            bss_loss(s.bfloat16().float(), t.bfloat16().float(), 30.0, form)
+        )
+    torch._dynamo.reset()
+    compiled = torch.compile(bss_loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(s, t, 3.0, form), bss_loss(s, t, 3.0, form))
+
+
+@pytest.mark.parametrize("measure", [mag_sim, ang_sim])
+def test_similarities_are_at_least_float32_and_compile(measure):
+    a, b = (torch.randn(6, 2, 3, generator=stream(k)).bfloat16() for k in (0, 1))
+    assert measure(a, b).equal(measure(a.float(), b.float()))
+    torch._dynamo.reset()
+    compiled = torch.compile(measure, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(a, b), measure(a, b))
+    assert measure(a * math.nan, b).isnan().all()  # NaN is like nothing
+
+
+@pytest.mark.parametrize("form", ["ce", "kl"])
+def test_a_masked_class_counts_nothing(form):
+    s, t = (torch.randn(8, 10, generator=stream(k), dtype=torch.float64) for k in (0, 1))
+    wanted = bss_loss(s[:, 1:], t[:, 1:], form=form)
+    s[:, 0] = t[:, 0] = -math.inf
+    s.requires_grad_()
+    loss = bss_loss(s, t, form=form)
+    loss.backward()
+    torch.testing.assert_close(loss, wanted)
+    assert s.grad.isfinite().all()
+
+
+def test_a_step_in_bfloat16_counts_its_losses_in_full(digits, teacher):
+    method = BSS(digit_net(seed=1), teacher, epochs=4, attack_size=8)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = method.step(digits.train.floats(slice(0, 32)), digits.train.y[:32])
+    assert all(v.dtype == torch.float32 for v in found.values())
+
+
+def test_float64_stays_float64(digits, teacher):
+    "Images in float32, as data gives them, and in float64."
+    net, x, y = copy.deepcopy(teacher).double(), digits.test.floats(slice(0, 8)), digits.test.y[:8]
+    found = [find_boundary(net, v, y) for v in (x, x.double())]
+    assert all(f.shift.dtype == torch.float64 and f.success.any() for f in found)
+    assert found[0].shift.equal(found[1].shift)
+    losses = BSS(digit_net(seed=1).double(), net, epochs=4).step(x, y)
+    assert all(losses[k].dtype == torch.float64 for k in ("loss", "hard", "soft", "boundary"))
+
+
+class Two(nn.Module):
+    "Answers with a tuple."
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x), None
+
+
+def test_a_model_that_gives_more_than_logits_is_refused(digits, teacher):
+    x, y = digits.train.floats(slice(0, 32)), digits.train.y[:32]
+    for call in (
+        lambda: BSS(Two(digit_net()), teacher, epochs=4).step(x, y),
+        lambda: BSS(digit_net(), Two(copy.deepcopy(teacher)), epochs=4).step(x, y),
+        lambda: find_boundary(Two(teacher), x, y),
+        lambda: bss_attack(Two(teacher), x, y, (y + 1) % 10),
+    ):
+        with pytest.raises(ValueError, match="the model must return logits of shape .*, got a tuple; wrap"):
+            call()
+
+
+def test_a_walk_reads_the_device_once_before_its_steps(monkeypatch):
+    "What is in order costs one look at the labels, not one a rule."
+    looks, real = [], torch.Tensor.__bool__
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: looks.append(self) or real(self))
+    bss_attack(NET, X, B, K, steps=1)
+    assert len(looks) == 1
+
+
+def test_attack_size_is_of_the_whole_run(monkeypatch, digits, teacher):
+    sizes = []
+
+    def spy(model, x, base, target):
+        sizes.append(len(x))
+        return bss_attack(model, x, base, target)
+
+    method = BSS(copy.deepcopy(teacher).requires_grad_(), teacher, epochs=4, attack=spy, attack_size=8)
+    x, y = digits.train.floats(slice(0, 64)), digits.train.y[:64]
+    method.step(x, y)
+    for name, value in (("is_initialized", True), ("get_rank", 1), ("get_world_size", 2)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    method.step(x, y)
+    assert sizes == [8, 4]
+    with pytest.raises(ValueError, match="7 images cannot be shared by 2 processes"):
+        BSS(copy.deepcopy(teacher).requires_grad_(), teacher, epochs=4, attack_size=7).step(x, y)

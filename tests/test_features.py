@@ -402,12 +402,12 @@ def any_loss(ours, theirs):
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        (lambda: hint_loss(A, B), r"same shape, got \(2, 3, 4, 4\) and \(2, 5, 4, 4\): a regressor"),
+        (lambda: hint_loss(A, B), r"a regressor.*got shape \(2, 3, 4, 4\) and shape \(2, 5, 4, 4\)"),
         (lambda: hint_loss(A, A, reduction="sum"), "reduction must be mean or half_sum, got 'sum'"),
         (lambda: hint_regressor(C, A), "cannot enlarge a map, got 2 x 2 to 4 x 4"),
         (lambda: attention_map(A[0]), r"maps must be \(B, D, H, W\), got shape \(3, 4, 4\)"),
         (lambda: attention_map(A, 0.5), "power must be >= 1, got 0.5"),
-        (lambda: attention_loss([A], [C]), "same shape, .*equal height and width"),
+        (lambda: attention_loss([A], [C]), "same shape: choose layers of equal height and width, got"),
         (lambda: attention_loss([A], [A], "l2"), "form must be norm or mean_square, got 'l2'"),
         (lambda: attention_loss([A], [A, A]), "as many student maps as teacher maps, got 1 and 2"),
         (lambda: attention_loss([], []), "got 0 and 0"),
@@ -418,7 +418,15 @@ def any_loss(ours, theirs):
         (lambda: AT(net(), net(1), alpha=1.5), r"alpha must lie in \[0, 1\], got 1.5"),
         (lambda: AT(net(), net(1), alpha=0.5), "alpha > 0 needs soft"),
         (lambda: AT(net(), net(1), form="l2"), "form must be norm or mean_square, got 'l2'"),
-        (lambda: FSP(net(), net(1), pretrain_epochs=-1), "pretrain_epochs must be >= 0, got -1"),
+        (
+            lambda: FSP(net(), net(1), pretrain_epochs=-1),
+            "pretrain_epochs must be a whole number >= 0, got -1",
+        ),
+        (lambda: FSP(net(), net(1), beta="1"), "beta must be a number >= 0, got '1'"),
+        (lambda: AT(net(), net(1), alpha=float("nan")), r"alpha must lie in \[0, 1\], got nan"),
+        (lambda: AT(net(), net(1), lr=float("nan")), "lr must be > 0, got nan"),
+        (lambda: attention_map(A, float("nan")), "power must be >= 1, got nan"),
+        (lambda: FSP(net(), net(1), pretrain_epochs=1.5), "must be a whole number >= 0, got 1.5"),
         (lambda: FSP(net(), net(1), beta=0.0, pretrain_epochs=1), "pretrain_epochs needs beta > 0"),
         (lambda: FitNet(net(), net(1), X, layer="stage9"), "stage9"),
     ],
@@ -452,3 +460,101 @@ def test_attention_of_a_faint_or_a_strong_map():
 def test_what_is_no_map_is_named(wrong):
     with pytest.raises(ValueError, match=r"maps must be \(B, D, H, W\), got shape"):
         wrong(torch.rand(2, 3), torch.rand(2, 3, 4, 4))
+
+
+# ---------------------------------------------------------------- what is there changes nothing
+
+
+def leftover(*modules):
+    "A gradient as a foreign loop leaves it behind."
+    for p in (p for m in modules for p in m.parameters()):
+        p.grad = torch.full_like(p, 3.0)
+
+
+@each_method
+def test_leftover_gradients_never_enter(name, digits):
+    (x, y), ends = batch(digits), []
+    for left in (False, True):
+        student, teacher = net(), net(1, "resnet14")
+        if left:
+            leftover(student, teacher)
+        method = METHODS[name](student, teacher, x, lr=0.05, **SOFT)
+        if left:
+            leftover(student, *[m for m in [method.transfer] if isinstance(m, torch.nn.Module)])
+        method.step(x, y), method.step(x, y)
+        ends.append(student.state_dict())
+    assert same(*ends)
+
+
+@each_method
+def test_a_batch_norm_that_its_owner_froze_stays(name, digits):
+    (x, y), student = batch(digits), net()
+    still = student.stem[1].eval().requires_grad_(False)
+    before = copy.deepcopy(still.state_dict())
+    METHODS[name](student, net(1, "resnet14"), x).step(x, y)
+    assert not still.training and student.training and same(before, still.state_dict())
+
+
+@each_method
+def test_networks_that_share_modules_are_refused(name, digits):
+    x, student, teacher = batch(digits)[0], net(), net(1)
+    with pytest.raises(ValueError, match="student and teacher share stem.0.weight"):
+        METHODS[name](student, student, x)
+    teacher.stem = student.stem
+    with pytest.raises(ValueError, match="student and teacher share stem.0.weight"):
+        METHODS[name](student, teacher, x)
+
+
+LOSSES = {
+    "hint_loss": lambda a, b: hint_loss(a[0], b[0]),
+    "half_sum": lambda a, b: hint_loss(a[0], b[0], reduction="half_sum"),
+    "attention_map": lambda a, b: attention_map(a[0]).sum(),
+    "attention_loss": attention_loss,
+    "norm": lambda a, b: attention_loss(a, b, "norm"),
+    "fsp_matrix": lambda a, b: fsp_matrix(a[0], a[1]).square().sum(),
+    "fsp_loss": fsp_loss,
+}
+
+
+def two_lists(dtype=torch.float32):
+    return [[maps(3, c, n, n, seed=s + c).to(dtype) for c, n in ((2, 4), (3, 2))] for s in (0, 9)]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_are_at_least_float32_and_compile(name):
+    loss = LOSSES[name]
+    ours, theirs = two_lists(torch.bfloat16)
+    wanted = loss([m.float() for m in ours], [m.float() for m in theirs])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert loss(ours, theirs).equal(wanted)  # float32, and not a bit less
+        assert loss(*two_lists(torch.float64)).dtype == torch.float64
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*two_lists()), loss(*two_lists()))
+
+
+@each_method
+def test_float64_stays_float64(name, digits):
+    (x, y), (student, teacher) = batch(digits), (net().double(), net(1).double())
+    found = METHODS[name](student, teacher, x.double(), **SOFT).step(x.double(), y)
+    assert all(v.dtype == torch.float64 for v in found.values())
+
+
+class Two(torch.nn.Module):
+    "Answers with a tuple."
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x), None
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_model_that_gives_more_than_logits_is_refused(who, beta, digits):
+    x, y = batch(digits)
+    nets = [Two(net(k)) if k == who else net(k) for k in (0, 1)]
+    with pytest.raises(ValueError, match=r"logits of shape \(16, K\), got a tuple; wrap"):
+        FeatureKD(*nets, lambda a, b: a["0"].sum(), beta=beta, layers=None, **SOFT).step(x, y)
