@@ -10,11 +10,11 @@ __all__ = ['still_right', 'robust_accuracy', 'Verdict', 'autoattack', 'Alarm', '
 import hashlib
 import json
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,14 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attacks import attack_name, fgsm, frozen, pgd, project
+from .attacks import ask, attack_name, check_ball, cut_pixels, fgsm, frozen, pgd, project
+from .checks import check_alike, check_choice, check_labels, check_numbers, describe, shown, write_whole
 from .data import Images
 from .models import fold_batchnorm
 
 # %% ../nbs/04_evaluation.ipynb #c6c0c796
 @torch.no_grad()
 def _logits(model, x):
-    with torch.autocast(x.device.type, enabled=False): return model(x.float())
+    with torch.autocast(x.device.type, enabled=False): return ask(model, x.float())
 
 def _device(model, images): return next(model.parameters(), images.x).device
 
@@ -50,11 +51,17 @@ def _seeded(seed):
         yield
 
 # %% ../nbs/04_evaluation.ipynb #52696541
-def _check_inputs(model, images, batch_size):
-    if not isinstance(model, nn.Module): raise ValueError(f"model must be an nn.Module, got {model!r}")
-    if not isinstance(images, Images): raise ValueError(f"images must be kdnb.data.Images, got {images!r:.9}")
+def _check_inputs(model, images, batch_size, seed):
+    if not isinstance(model, nn.Module): raise ValueError(f"model must be an nn.Module, got {shown(model)}")
+    if not isinstance(images, Images): raise ValueError(f"images must be kdnb.data.Images, got {describe(images)}")
     if not len(images): raise ValueError("there are no images to evaluate on")
-    if batch_size < 1: raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+    check_numbers("whole >= 1", batch_size=batch_size), check_numbers("whole", seed=seed)
+
+def _check_logits(**logits):
+    check_alike("must be logits (N, K), for the same images", 2, **logits)
+    for name, z in logits.items():
+        if not z.numel(): raise ValueError(f"{name} must not be empty, got {describe(z)}")
+        if not bool(z.amax(1).isfinite().all()): raise ValueError(f"{name} hold NaN or infinite values")
 
 # %% ../nbs/04_evaluation.ipynb #7d369524
 def _predict(model, images, batch_size):
@@ -62,10 +69,10 @@ def _predict(model, images, batch_size):
     everything, device = torch.arange(len(images)), _device(model, images)
     pairs = _pairs(images, everything, batch_size, device)
     logits = torch.cat([_logits(model, x).cpu() for _, x, _ in pairs])
-    if logits.ndim != 2 or logits.shape[1] != len(images.classes):
+    if logits.shape[1] != len(images.classes):
         rule = f"the model must give one logit for each of {len(images.classes)} classes"
         raise ValueError(f"{rule}, got shape {tuple(logits.shape)}")
-    if not bool(logits.isfinite().all()): raise ValueError("the model's logits hold NaN or infinite values")
+    _check_logits(**{"the model's logits": logits})
     if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-4).all()):
         warnings.warn("the model seems to return probabilities; attacks need its logits", stacklevel=3)
     return logits
@@ -79,13 +86,11 @@ def _quick_copy(model):
     return copy
 
 # %% ../nbs/04_evaluation.ipynb #d2c94c47
-def _check_attacked(x_adv, x):
+def _attacked(attack, model, x, y):
+    x_adv = attack(model, x, y)
     if not isinstance(x_adv, Tensor) or x_adv.shape != x.shape:
-        got = tuple(x_adv.shape) if isinstance(x_adv, Tensor) else type(x_adv).__name__
-        raise ValueError(f"an attack must return images of shape {tuple(x.shape)}, got {got}")
-    low, high = x_adv.detach().aminmax()
-    if not (low >= 0 and high <= 1):  # NaN too
-        raise ValueError(f"an attack must return pixels in [0, 1], got [{low:.3g}, {high:.3g}]")
+        raise ValueError(f"an attack must return images of shape {tuple(x.shape)}, got {describe(x_adv)}")
+    return cut_pixels(x_adv.detach(), "pixels of an attack")
 
 # %% ../nbs/04_evaluation.ipynb #f43c6ed3
 def still_right(
@@ -98,17 +103,15 @@ def still_right(
     fast: bool = True,      # attack a folded copy, then check each x_adv on the model itself
 ) -> Tensor:                # (N,) bool, on the CPU
     "Which images the model reads rightly as they are and after the attack."
-    _check_inputs(model, images, batch_size)
-    if not callable(attack): raise ValueError(f"attack must be a function (model, x, y), got {attack!r}")
+    _check_inputs(model, images, batch_size, seed)
+    if not callable(attack): raise ValueError(f"attack must be a function (model, x, y), got {shown(attack)}")
     fast &= getattr(attack, "keywords", {}).get("mode", "eval") == "eval"  # a folded copy has no batch norm
-    with frozen(model):
+    with frozen(model), torch.inference_mode(False):  # attacks need gradients
         right = _predict(model, images, batch_size).argmax(1) == images.y.cpu()
         target = _quick_copy(model) if fast else model
         with _seeded(seed):
             for part, x, y in _pairs(images, right.nonzero()[:, 0], batch_size, _device(model, images)):
-                x_adv = attack(target, x, y)
-                _check_attacked(x_adv, x)
-                right[part] = (_logits(model, x_adv).argmax(1) == y).cpu()
+                right[part] = (_logits(model, _attacked(attack, target, x, y)).argmax(1) == y).cpu()
     return right
 
 # %% ../nbs/04_evaluation.ipynb #e7dc4783
@@ -163,12 +166,9 @@ class Verdict:
         return torch.tensor([not b for b in self.broken_by])
 
 # %% ../nbs/04_evaluation.ipynb #341409c6
-def _check_attack(eps, norm, tier=None):
-    if not 0 <= eps < float("inf"): raise ValueError(f"eps must be a number >= 0, got {eps}")
-    for kind, name, known in (("norm", norm, ("linf", "l2")), ("tier", tier, (None, *_TIERS))):
-        if name not in known:
-            raise ValueError(f"{kind} must be {' or '.join(filter(None, known))}, got {name!r}")
-    if tier and not find_spec("pyautoattack"):
+def _check_tier(tier):
+    check_choice(_TIERS, tier=tier)
+    if not find_spec("pyautoattack"):
         raise ImportError("autoattack needs pyautoattack: pip install 'kdnb[eval]'")
 
 # %% ../nbs/04_evaluation.ipynb #65cd3b2e
@@ -198,7 +198,8 @@ def _suite(model, eps, norm, targets, seed, device, fast):
     "pyautoattack's own attacks with its own settings for `standard`: name -> perturb(x, y)."
     from pyautoattack import AutoAttack
 
-    suite = AutoAttack(model, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, seed=seed, device=device)
+    def logits(x): return ask(model, x).float()
+    suite = AutoAttack(logits, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, seed=seed, device=device)
     suite.apgd.loss, suite.fab.targeted, suite.square.verbose = "ce", True, False
     for attack in (suite.apgd, suite.apgd_targeted, suite.fab, suite.square): attack.seed = seed
     for attack in (suite.apgd_targeted, suite.fab): attack.n_target_classes = targets
@@ -230,29 +231,26 @@ class _State:
 
     def save(self) -> None:
         if not self.path: return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part_file = self.path.with_name(f"{self.path.name}.part")
         content = dict(identity=self.identity, stage=self.stage, batches=self.batches)
-        part_file.write_text(json.dumps(content | {"broken_by": self.broken_by.tolist()}))
-        os.replace(part_file, self.path)
+        content["broken_by"] = self.broken_by.tolist()
+        write_whole(self.path, json.dumps(content | {"sha256": self.digest(content)}).encode())
+
+    @staticmethod
+    def digest(content) -> str: return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def load(self) -> None:
         try:
             saved = json.loads(self.path.read_text())
-            self.stage, self.batches = int(saved["stage"]), int(saved["batches"])
-            self.broken_by, found = torch.tensor(saved["broken_by"]), dict(saved["identity"])
-        except (ValueError, KeyError, TypeError):
-            rule = f"{self.path.name} is no checkpoint of autoattack, or cut short; delete it"
+            if saved.pop("sha256") != self.digest(saved): raise ValueError("changed")
+            self.stage, self.batches, found = saved["stage"], saved["batches"], saved["identity"]
+            self.broken_by = torch.tensor(saved["broken_by"])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            rule = f"{self.path.name} is no checkpoint of autoattack, cut short or changed; delete it"
             raise ValueError(rule) from None
         for key, mine in self.identity.items():
             if found.get(key) != mine:
                 raise ValueError(f"{self.path.name} belongs to another evaluation: its {key} is "
                                  f"{found.get(key)}, not {mine}; delete it or use another path")
-
-# %% ../nbs/04_evaluation.ipynb #234f7fb4
-def _fraction(eps, norm):
-    levels = eps * 255
-    return f"{levels:.0f}/255" if norm == "linf" and abs(levels - round(levels)) < 1e-6 else f"{eps:g}"
 
 # %% ../nbs/04_evaluation.ipynb #ea336b78
 def _run_stage(attack, stage, state, model, images, batch_size, device):
@@ -282,13 +280,13 @@ def autoattack(
     checkpoint: str | Path | None = None,  # file to resume from; written after every batch
 ) -> Verdict:                # .accuracy, .clean, .survivors, .broken_by
     "AutoAttack (Croce and Hein 2020): each attack gets what the ones before it left unbroken."
-    _check_attack(eps, norm, tier), _check_inputs(model, images, batch_size)
+    check_ball(eps, norm, widest=1), _check_tier(tier), _check_inputs(model, images, batch_size, seed)
     (attacks, targets), device = _TIERS[tier], _device(model, images)
-    with frozen(model), _silent():
+    with frozen(model), _silent(), torch.inference_mode(False):
         logits = _predict(model, images, batch_size)
         classes = logits.shape[1]
         if classes < 4: raise ValueError(f"autoattack needs at least 4 classes, got {classes}")
-        identity = dict(eps=eps, norm=norm, tier=tier, seed=seed, batch_size=batch_size, fast=fast,
+        identity = dict(eps=float(eps), norm=norm, tier=tier, seed=int(seed), batch_size=int(batch_size), fast=fast,
                         model=_sha256(model.state_dict().values()), images=_sha256([images.x, images.y]),
                         pyautoattack=version("pyautoattack"))
         state = _State(checkpoint, identity, (logits.argmax(1) == images.y.cpu()).long().neg())
@@ -296,7 +294,8 @@ def autoattack(
         suite = _suite(target, eps, norm, min(targets, classes - 1), seed, device, fast)
         for stage, name in enumerate(attacks, 1):
             if stage >= state.stage: _run_stage(suite[name], stage, state, model, images, batch_size, device)
-    name = "-".join(["autoattack", *["lite"] * (tier == "lite"), norm, _fraction(eps, norm)])
+    ball = attack_name(partial(fgsm, eps=eps, norm=norm)).removeprefix("fgsm")
+    name = f"autoattack{'-lite' * (tier == 'lite')}{ball}"
     names = "clean", *attacks
     return Verdict(name, names, tuple("" if b < 0 else names[b] for b in state.broken_by.tolist()))
 
@@ -333,16 +332,24 @@ class Alarm(NamedTuple):
 def _probe(model, images, batch_size, seed):
     "Share of rightly read images with no gradient at all; how far answers move when asked twice."
     zero, total, change = 0, 0, 0.0
-    with frozen(model), _seeded(seed):
+    with frozen(model), _seeded(seed), torch.inference_mode(False):
         right = _predict(model, images, batch_size).argmax(1) == images.y.cpu()
         for _, x, y in _pairs(images, right.nonzero()[:, 0], batch_size, _device(model, images)):
             a, b = (_logits(model, x).softmax(1) for _ in range(2))
             change = max(change, (a - b).abs().max().item())
             with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-                loss = F.cross_entropy(model(x.requires_grad_()), y, reduction="sum")
+                loss = F.cross_entropy(ask(model, x.requires_grad_()), y, reduction="sum")
                 gradient = torch.autograd.grad(loss, x)[0].flatten(1)
             zero, total = zero + (gradient == 0).all(1).sum().item(), total + len(y)
     return zero / max(total, 1), change
+
+# %% ../nbs/04_evaluation.ipynb #18b4d9fd
+def _second_chance(model, x, y, eps, norm, steps):
+    "PGD with five times the steps and three starts: on the margin, and where that fails on cross-entropy."
+    attack = partial(pgd, model, x, y, eps=eps, norm=norm, steps=5 * steps, restarts=3)
+    by_margin, by_ce = (attack(objective=objective) for objective in ("margin", "ce"))
+    fooled = (_logits(model, by_margin).argmax(1) != y).view(-1, *[1] * (x.ndim - 1))
+    return torch.where(fooled, by_margin, by_ce)
 
 # %% ../nbs/04_evaluation.ipynb #eb31fc7d
 def masking_alarms(
@@ -360,23 +367,33 @@ def masking_alarms(
     fast: bool = True,
 ) -> dict[str, Alarm]:
     "Signs that attacks fail for another reason than robustness (Athalye et al. 2018, Carlini et al. 2019)."
-    _check_attack(eps, norm)
-    if eps == 0: raise ValueError("the alarms need eps > 0, got 0")
+    check_ball(eps, norm, widest=1), check_numbers("> 0", eps=eps), check_numbers("in [0, 1]", slack=slack)
+    check_numbers("whole >= 1", steps=steps, queries=queries)
+    if not isinstance(surrogate, nn.Module | None):
+        raise ValueError(f"surrogate must be an nn.Module, got {shown(surrogate)}")
     def left(attack, **options):
         def run(target, x, y): return attack(target, x, y, **{"eps": eps, "norm": norm} | options)
         return still_right(model, images, run, batch_size=batch_size, seed=seed, fast=fast)
     def transfer(target, x, y, **options): return pgd(surrogate, x, y, **options)
     many, one, black = left(pgd, steps=steps), left(fgsm), left(_random_search, queries=queries)
     if surrogate is not None: black &= left(transfer, steps=steps)
+    limit = max(slack, 2 / len(images))
+
+    def lead(cheap):  # share of images that PGD leaves and something cheaper breaks
+        ahead = (many & ~cheap).nonzero()[:, 0]
+        if limit < len(ahead) / len(images) <= 5 * limit:
+            second = partial(_second_chance, eps=eps, norm=norm, steps=steps)
+            options = dict(batch_size=batch_size, seed=seed, fast=fast)
+            ahead = ahead[still_right(model, images.subset(ahead), second, **options)]
+        return len(ahead) / len(images)
+
     whole = 1.0 if norm == "linf" else images.x[0].numel() ** 0.5  # no image is further away
     far = left(pgd, eps=whole, steps=2 * steps)
     zero, change = _probe(model, images, batch_size, seed)
     share = {"many_steps": many, "one_step": one, "black_box": black, "unbounded": far}
-    share |= {"only_one_step": many & ~one, "only_black_box": many & ~black}
     share = {name: mask.double().mean().item() for name, mask in share.items()}
-    share |= {"zero_gradient": zero, "change": change}
+    share |= {"only_one_step": lead(one), "only_black_box": lead(black), "zero_gradient": zero, "change": change}
 
-    limit = max(slack, 2 / len(images))
     def alarm(*names, limit=limit): return Alarm(share[names[0]] > limit, {n: share[n] for n in names})
 
     return {
@@ -387,13 +404,6 @@ def masking_alarms(
         "random_answers": alarm("change", limit=1e-3),
     }
 
-# %% ../nbs/04_evaluation.ipynb #1f4cc1db
-def _check_pair(logits, other, shape):
-    "`other` is labels or logits of the same images."
-    if logits.ndim != 2 or tuple(other.shape) != tuple(shape) or not len(logits) or len(other) != len(logits):
-        raise ValueError(f"wanted logits (N, K) and as many answers, got shapes {tuple(logits.shape)} "
-                         f"and {tuple(other.shape)}")
-
 # %% ../nbs/04_evaluation.ipynb #f50dee5c
 def calibration_bins(
     logits: Tensor,       # (N, K)
@@ -401,8 +411,9 @@ def calibration_bins(
     bins: int = 10,       # equally wide pieces of [0, 1]
 ) -> tuple[Tensor, Tensor, Tensor]:  # mean confidence, accuracy, share of images: (bins,) each, 0 if empty
     "What a network's confidence is worth: the points of a reliability diagram (Guo et al. 2017)."
-    if bins < 1: raise ValueError(f"bins must be >= 1, got {bins}")
-    _check_pair(logits, y, logits.shape[:1])
+    check_numbers("whole >= 1", bins=bins), _check_logits(logits=logits)
+    if y.shape != logits.shape[:1]: raise ValueError(f"y must be {len(logits)} labels, got {describe(y)}")
+    check_labels(y, logits.shape[1])
     sure, guess = logits.detach().cpu().double().softmax(1).max(1)
     right = (guess == y.cpu()).double()
     bin_of = (sure * bins).long().clamp(max=bins - 1)
@@ -426,7 +437,7 @@ def agreement(
     logits_b: Tensor,  # (N, K), of another network on the same images
 ) -> float:            # in [0, 1]
     "Share of images on which two networks give the same answer, right or wrong (Stanton et al. 2021)."
-    _check_pair(logits_a, logits_b, logits_a.shape)
+    _check_logits(logits_a=logits_a, logits_b=logits_b)
     return (logits_a.argmax(1).cpu() == logits_b.argmax(1).cpu()).double().mean().item()
 
 # %% ../nbs/04_evaluation.ipynb #27b87ff5
@@ -450,7 +461,8 @@ def evaluate(
     attacks = list(attacks)
     names = [attack_name(attack) for attack in attacks]
     if len(set(names)) < len(names): raise ValueError(f"two attacks have the same name: {', '.join(names)}")
-    _check_attack(eps, norm, autoattack), _check_inputs(model, images, batch_size)
+    check_ball(eps, norm, widest=1), _check_inputs(model, images, batch_size, seed)
+    if autoattack: _check_tier(autoattack)
     with frozen(model): logits = _predict(model, images, batch_size)
     right = logits.argmax(1) == images.y.cpu()
     found = {"accuracy": right.double().mean().item(), "ece": calibration_error(logits, images.y)}

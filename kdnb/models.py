@@ -11,7 +11,6 @@ import copy
 import json
 import re
 from contextlib import contextmanager
-from difflib import get_close_matches
 from functools import partial
 from hashlib import sha256
 from itertools import pairwise
@@ -22,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from .checks import check_choice, check_numbers, shown, unknown, write_whole
+
 # %% ../nbs/01_models.ipynb #543aaca9
 class Normalize(nn.Module):
     "(x - mean) / std per channel, as a model's first layer; without mean and std it changes nothing."
@@ -29,18 +30,19 @@ class Normalize(nn.Module):
     def __init__(self, mean=None, std=None, in_channels: int = 3, image_size: int | None = None):
         super().__init__()
         self.wanted = (in_channels, image_size, image_size)
-        for name, values, least in (("mean", mean, float("-inf")), ("std", std, 0.0)):
-            values = [float(name == "std")] * in_channels if values is None else [float(v) for v in values]
-            if len(values) != in_channels or not all(least < v < float("inf") for v in values):
-                raise ValueError(f"{name} needs {in_channels} numbers{' > 0' * (least == 0)}, got {values}")
-            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1))
+        for name, values, rule in (("mean", mean, ""), ("std", std, "> 0")):
+            if values is None: values = [float(name == "std")] * in_channels
+            if not hasattr(values, "__len__") or len(values) != in_channels:
+                raise ValueError(f"{name} must be {in_channels} numbers, one a channel, got {shown(values)}")
+            for value in values: check_numbers(rule, **{name: value})
+            self.register_buffer(name, torch.tensor([*map(float, values)]).view(1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) float in [0, 1], to the same shape; gradient flows
         c, h, w = self.wanted
         if x.ndim != 4 or x.shape[1:] != (c, h or x.shape[2], w or x.shape[3]) or not x.is_floating_point():
             rule = f"images must be floats in [0, 1] of shape (B, {c}, {h or 'H'}, {w or 'W'})"
             raise ValueError(f"{rule}, got {x.dtype} of shape {tuple(x.shape)}")
-        return (x - self.mean) / self.std
+        return ((x - self.mean) / self.std).to(self.mean.dtype)  # what model.half() or .double() wants
 
     @staticmethod
     def of(model: nn.Module) -> tuple:  # mean and std, (1, C, 1, 1); 0.0 and 1.0 if it normalises nothing
@@ -189,18 +191,14 @@ def list_models() -> list[str]:
     return ["mlp_400", "mlp_1200_1200", *_THIN, *(f"wrn_{w}" for w in wide), *_WIDE, "mobilenet_v2"]
 
 
-def _unknown(kind, name, known):
-    near = get_close_matches(str(name), known, 4, 0.4) or sorted(known)[:8]
-    return ValueError(f"unknown {kind} {name!r}; nearest known names: {', '.join(near)}")
-
-
 def check_model(name: str) -> None:
     "Raise ValueError, with the nearest known names, if `create_model` does not know this name."
-    wide = re.fullmatch(r"wrn_([1-9]\d*)_[1-9]\d*(_trades)?", str(name))
-    if wide and (int(wide[1]) < 10 or int(wide[1]) % 6 != 4):
-        raise ValueError(f"wrn_DEPTH_WIDTH needs DEPTH = 6n + 4 (10, 16, 22, 28, 34, ...), got {name!r}")
-    if not (wide or name in list_models() or re.fullmatch(r"mlp(_[1-9]\d*)+", str(name))):
-        raise _unknown("model", name, list_models())
+    fits = isinstance(name, str) and len(name) <= 100
+    wide = fits and re.fullmatch(r"wrn_([1-9]\d*)_[1-9]\d{0,2}(_trades)?", name)
+    if wide and not (10 <= int(wide[1]) <= 1000 and int(wide[1]) % 6 == 4):
+        raise ValueError(f"wrn_DEPTH_WIDTH needs DEPTH = 6n + 4 (10, 16, 22, ..., 1000), got {name!r}")
+    if not (wide or (fits and (name in list_models() or re.fullmatch(r"mlp(_[1-9]\d{0,5})+", name)))):
+        raise unknown("model", name, list_models(), "see list_models()")
 
 # %% ../nbs/01_models.ipynb #0bc2315a
 def _he_init(model):
@@ -215,7 +213,7 @@ def seeded(seed: int | None):  # None: nothing changes, draws come from torch's 
     "Inside, torch draws on the CPU from a stream of this seed; afterwards it goes on as if nothing had been."
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
-            torch.default_generator.manual_seed(seed)  # not torch.manual_seed: that would reseed the GPUs too
+            torch.default_generator.manual_seed(int(seed))  # not torch.manual_seed: that would reseed the GPUs too
         yield
 
 # %% ../nbs/01_models.ipynb #a78e4a81
@@ -231,22 +229,32 @@ def create_model(
     "A network of the zoo with fresh weights: convolutions He-normal (fan out), the rest as PyTorch begins."
     check_model(name)
     sizes = dict(num_classes=num_classes, in_channels=in_channels, image_size=image_size)
-    for (key, value), least in zip(sizes.items(), (2, 1, 1), strict=True):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{key} must be a whole number >= {least}, got {value}")
-    family = name.split("_")[0]
-    normalize = Normalize(mean, std, in_channels, image_size if family == "mlp" else None)
-    build = {"mlp": _mlp, "wrn": _wrn, "mobilenet": _mobilenet_v2}.get(family, _resnet)
+    for rule, key in zip(("in [2, 1000000]", "in [1, 10000]", "in [1, 10000]"), sizes, strict=True):
+        check_numbers(f"whole {rule}", **{key: sizes[key]})
+        sizes[key] = int(sizes[key])
+    if seed is not None: check_numbers("whole", seed=seed)
+    seed = seed if seed is None else int(seed)
+    with torch.device("meta"):  # no memory, no random numbers
+        if (count := num_params(_build(name, mean, std, **sizes))) > 10**9:
+            raise ValueError(f"{name} with these sizes has {count:,} parameters, at most 1,000,000,000 are built")
     with seeded(seed):
-        *parts, width = build(name, in_channels * image_size**2 if family == "mlp" else in_channels)
-        model = Net(normalize, *parts, nn.Linear(width, num_classes))
-        if name.endswith("_trades"):
-            model.sub_block1 = _wrn(name, in_channels)[1][0]  # TRADES' code has it and never calls it
+        model = _build(name, mean, std, **sizes)
         _he_init(model)
-    if family == "wrn":
+    if name.startswith("wrn"):
         nn.init.zeros_(model.linear.bias)
     mean, std = (v if v is None else [float(u) for u in v] for v in (mean, std))
     model.config = dict(name=name, **sizes, mean=mean, std=std, seed=seed)
+    return model
+
+
+def _build(name, mean, std, num_classes, in_channels, image_size):
+    family = name.split("_")[0]
+    normalize = Normalize(mean, std, in_channels, image_size if family == "mlp" else None)
+    parts_of = {"mlp": _mlp, "wrn": _wrn, "mobilenet": _mobilenet_v2}.get(family, _resnet)
+    *parts, width = parts_of(name, in_channels * image_size**2 if family == "mlp" else in_channels)
+    model = Net(normalize, *parts, nn.Linear(width, num_classes))
+    if name.endswith("_trades"):
+        model.sub_block1 = _wrn(name, in_channels)[1][0]  # TRADES' code has it and never calls it
     return model
 
 # %% ../nbs/01_models.ipynb #7bc73402
@@ -275,8 +283,8 @@ def features(
     inner, maps = getattr(model, "_orig_mod", model), {}  # torch.compile hides the model in _orig_mod
     names = [layers] if isinstance(layers, str) else layers or getattr(inner, "feature_layers", None)
     known = [name for name, _ in inner.named_modules() if name]
-    if unknown := set(names or ()) - set(known):
-        raise _unknown("layer", min(unknown), known)
+    if strange := [name for name in names or () if name not in known]:
+        raise unknown("layer", strange[0], known, "see model.named_modules()")
     if isinstance(inner, Net) and set(names) <= set(inner.feature_layers):
         output = model(x, maps)
     else:
@@ -292,7 +300,12 @@ def fold_batchnorm(
     model: nn.Module,  # any; left as it is
 ) -> nn.Module:        # a frozen copy in evaluation mode; the same answers up to rounding
     "A copy in which each Conv2d with a BatchNorm2d right behind it in a Sequential is one Conv2d."
-    model = copy.deepcopy(model).eval()
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        raise ValueError("a TorchScript network cannot be folded; attack it as it is: fold=False or fast=False")
+    try: model = copy.deepcopy(model).eval()
+    except RuntimeError as error:  # weights that a hook computes, as those of the old weight_norm
+        raise ValueError("this network cannot be copied, so not be folded; attack it as it is: fold=False or "
+                         f"fast=False ({shown(str(error))})") from None
     for block in [m for m in model.modules() if type(m).forward is nn.Sequential.forward]:
         for (name, layer), (after, norm) in pairwise(list(block._modules.items())):
             if _plain(layer, nn.Conv2d) and _plain(norm, nn.BatchNorm2d) and norm.running_var is not None:
@@ -312,14 +325,26 @@ def _files(path):
 
 
 def _rebuild(config, state):
-    with torch.device("meta"):  # no memory, no random numbers
-        model = create_model(**config)
+    _check_weights(state)
     try:
+        with torch.device("meta"): model = create_model(**config)
         model.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
-        raise ValueError(f"these weights are not of {config['name']}: {first}") from None
+    except (TypeError, RuntimeError) as error:
+        first = [*str(error).splitlines(), "nothing"][1 if "\n" in str(error) else 0].strip()[:200]
+        raise ValueError(f"these weights are not of {shown(config.get('name'))}: {first}") from None
     return model
+
+
+def _check_weights(state):
+    "One kind of float, finite, no negative variance: what a network can compute with."
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    kinds = {t.dtype for key, t in state.items() if not key.endswith("num_batches_tracked")}
+    if len(kinds) != 1: raise ValueError(f"weights must be of one dtype, got {shown(sorted(map(str, kinds)))}")
+    check_choice(floats, **{"the dtype of weights": kinds.pop()})
+    for key, t in state.items():
+        low = {"running_var": 0.0, "std": 1e-30}.get(key.rsplit(".", 1)[-1], -float("inf"))
+        if not bool(t.isfinite().all()) or bool((t < low).any()):
+            raise ValueError(f"{shown(key)} holds NaN, infinite values, or a variance or std that cannot be")
 
 # %% ../nbs/01_models.ipynb #3b91a5c7
 def save_model(
@@ -336,10 +361,13 @@ def save_model(
     data = safetensors.torch.save(state)
     card = dict(model=model.config, num_params=num_params(model), sha256=sha256(data).hexdigest()) | card
     text = json.dumps(card, indent=1, allow_nan=False).encode()
-    for file, content in zip(_files(path), (data, text), strict=True):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Path(f"{file}.part").write_bytes(content)
-        Path(f"{file}.part").replace(file)
+    weights, words = _files(path)
+
+    def write(part):  # the card too is written before the old weights go
+        part.write_bytes(data)
+        write_whole(words, text)
+
+    write_whole(weights, write)
     return card
 
 # %% ../nbs/01_models.ipynb #287a326e
@@ -347,14 +375,17 @@ def load_model(path, device: str = "cpu") -> nn.Module:  # in evaluation mode; t
     "Rebuild a model from its card, after checking that the weights are the ones the card describes."
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r}: this machine has no CUDA device; use 'cpu'")
-    data, text = (file.read_bytes() for file in _files(path))
+    weights, words = _files(path)
+    data = weights.read_bytes()
     try:
-        card = json.loads(text)
+        with open(words, "rb") as file: card = json.loads(file.read(10**6))
         config, digest = dict(card["model"]), card["sha256"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{_files(path)[1]} is no card of a kdnb model: {error}") from None
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{words} is no card of a kdnb model: {shown(str(error))}") from None
     if sha256(data).hexdigest() != digest:
-        raise ValueError(f"{_files(path)[0]} does not have its card's checksum: cut short or changed?")
-    model = _rebuild(config, safetensors.torch.load(data))
+        raise ValueError(f"{weights} does not have its card's checksum: cut short or changed?")
+    try: state = safetensors.torch.load(data)
+    except Exception as error: raise ValueError(f"{weights} holds no weights: {shown(str(error))}") from None
+    model = _rebuild(config, state)
     model.card = card
     return model.to(device).eval()

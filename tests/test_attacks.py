@@ -268,6 +268,8 @@ def inside(x_adv, x, eps, norm):
 def test_pgd_stays_in_the_ball(plan, seed, n, exponent):
     plan = dict(plan)
     own = plan["objective"] == "kl"
+    if plan["norm"] == "linf":
+        plan["eps"] = min(plan["eps"], 1.0)
     if own and plan["start"] == "zero":
         plan["start"] = "gaussian"
     plan["targeted"] &= not own
@@ -682,24 +684,43 @@ WRONG = {
     "pixels": (lambda: pgd(MODEL, 255 * X, Y), r"pixels must lie in \[0, 1\], got .* to 2\d\d"),
     "negative pixels": (lambda: fgsm(MODEL, X - 0.5, Y), r"pixels must lie in \[0, 1\]"),
     "nan": (lambda: pgd(MODEL, SPOILED, Y), r"pixels must lie in \[0, 1\], got nan"),
-    "eps": (lambda: pgd(MODEL, X, Y, eps=-0.1), "eps must be a number >= 0, got -0.1"),
-    "infinite eps": (lambda: pgd(MODEL, X, Y, eps=math.inf), "eps must be a number >= 0, got inf"),
-    "nan eps": (lambda: fgsm(MODEL, X, Y, eps=math.nan), "eps must be a number >= 0, got nan"),
-    "eps of cw": (lambda: cw(MODEL, X, Y, eps=-1.0), "eps must be a number >= 0, got -1.0"),
+    "eps": (lambda: pgd(MODEL, X, Y, eps=-0.1), "eps must be >= 0, got -0.1"),
+    "infinite eps": (lambda: pgd(MODEL, X, Y, eps=math.inf), "eps must be >= 0, got inf"),
+    "nan eps": (lambda: fgsm(MODEL, X, Y, eps=math.nan), "eps must be >= 0, got nan"),
+    "eps of cw": (lambda: cw(MODEL, X, Y, eps=-1.0), "eps must be >= 0, got -1.0"),
     "steps": (lambda: pgd(MODEL, X, Y, steps=0), "steps must be a whole number >= 1, got 0"),
     "half a step": (lambda: bim(MODEL, X, Y, steps=2.5), "steps must be a whole number >= 1, got 2.5"),
     "steps of cw": (lambda: cw(MODEL, X, Y, steps=0), "steps must be a whole number >= 1, got 0"),
     "searches": (lambda: cw(MODEL, X, Y, searches=0), "searches must be a whole number >= 1, got 0"),
-    "step size": (lambda: pgd(MODEL, X, Y, step_size=-1), "step_size must be a number >= 0, got -1"),
+    "step size": (lambda: pgd(MODEL, X, Y, step_size=-1), "step_size must be >= 0, got -1"),
     "restarts": (lambda: pgd(MODEL, X, Y, restarts=0), "restarts must be a whole number >= 1, got 0"),
     "kappa": (lambda: cw(MODEL, X, Y, kappa=-1), "kappa must be >= 0, got -1"),
-    "norm": (lambda: pgd(MODEL, X, Y, norm="linv"), "must be linf or l2, got 'linv'; did you mean 'linf'"),
+    "levels": (lambda: pgd(MODEL, X, Y, eps=8), r"eps must lie in \[0, 1\], got 8; did you mean 8/255\?"),
+    "levels of cw": (lambda: cw(MODEL, X, Y, eps=2, norm="linf"), "did you mean 2/255"),
+    "text": (lambda: pgd(MODEL, X, Y, eps="8/255"), "eps must be a number >= 0, got '8/255'"),
+    "no number": (lambda: fgsm(MODEL, X, Y, eps=None), "eps must be a number >= 0, got None"),
+    "bool": (lambda: pgd(MODEL, X, Y, steps=True), "steps must be a whole number >= 1, got True"),
+    "nan step": (lambda: pgd(MODEL, X, Y, step_size=math.nan), "step_size must be >= 0, got nan"),
+    "nan kappa": (lambda: cw(MODEL, X, Y, kappa=math.nan), "kappa must be >= 0, got nan"),
+    "kappa in linf": (lambda: cw(MODEL, X, Y, kappa="1", norm="linf"), "kappa must be a number >= 0, got '1'"),
+    "nan start": (lambda: pgd(MODEL, X, Y, start=SPOILED), "start must be finite"),
+    "another start": (lambda: pgd(MODEL, X, Y, start=X[:2]), r"same shape, got shape \(2, 3, 16, 16\)"),
+    "eps of project": (lambda: project(X, X, math.nan), "eps must be >= 0, got nan"),
+    "a bit white": (lambda: pgd(MODEL, X.clamp(min=1 + 2e-6), Y), r"got 1\.000002 to 1\.000002"),
+    "tuple": (lambda: pgd(Gives(lambda z: (z, z)), X, Y), r"logits of shape \(4, K\), got a tuple; wrap"),
+    "dict": (lambda: cw(Gives(lambda z: dict(logits=z)), X, Y), "got a dict; wrap"),
+    "half weights": (lambda: pgd(nn.Linear(4, 3).half(), X[:, 0, 0, :4], Y), "of torch.float16 does not take torch.f"),
+    "wide images": (lambda: pgd(linear(4, 3)[1].float(), X[:, 0, 0, :4].double(), Y), "not take torch.float64"),
+    "inference": (lambda: in_inference(lambda: pgd(MODEL, X, Y)), "outside torch.inference_mode"),
+    "made there": (lambda: cw(in_inference(lambda: nn.Linear(9, 3)), X[:, 0, :1, :9], Y), "inference_mode"),
+    "company": (lambda: bim(company(), X, Y, early_stop=True), "track_running_stats=False an answer depends"),
+    "norm": (lambda: pgd(MODEL, X, Y, norm="linv"), "norm must be linf or l2, got 'linv'"),
     "norm of cw": (lambda: cw(MODEL, X, Y, norm=2), "norm must be linf or l2, got 2"),
     "norm of project": (lambda: project(X, X, 0.1, "l1"), "norm must be linf or l2, got 'l1'"),
-    "objective": (lambda: pgd(MODEL, X, Y, objective="dlr"), "must be ce or margin or kl, got 'dlr'"),
-    "start": (lambda: pgd(MODEL, X, Y, start="randon"), "did you mean 'random'"),
-    "mode": (lambda: pgd(MODEL, X, Y, mode="test"), "mode must be eval or train or found, got 'test'"),
-    "mode of frozen": (lambda: frozen(MODEL, "test").__enter__(), "mode must be eval or train or found"),
+    "objective": (lambda: pgd(MODEL, X, Y, objective="dlr"), "must be ce, margin or kl, got 'dlr'"),
+    "start": (lambda: pgd(MODEL, X, Y, start="randon"), "must be random, zero or gaussian, got 'randon'"),
+    "mode": (lambda: pgd(MODEL, X, Y, mode="test"), "mode must be eval, train or found, got 'test'"),
+    "mode of frozen": (lambda: frozen(MODEL, "test").__enter__(), "mode must be eval, train or found"),
     "labels": (lambda: pgd(MODEL, X, Y + 9), r"labels must lie in \[0, 10\), got \d+ to \d+"),
     "negative labels": (lambda: cw(MODEL, X, Y - 9), r"labels must lie in \[0, 10\), got -\d+"),
     "labels at eps 0": (lambda: pgd(MODEL, X, Y + 9, eps=0.0), r"labels must lie in \[0, 10\)"),
@@ -710,7 +731,7 @@ WRONG = {
     "numpy": (lambda: pgd(MODEL, X.numpy(), Y), "x must be float32 in .* got ndarray"),
     "one row": (lambda: pgd(Says((3, 10)), X, Y), r"logits of shape \(4, K\), got .* \(3, 10\)"),
     "maps": (lambda: fgsm(Says((4, 10, 2)), X, Y), r"logits of shape \(4, K\), got .* \(4, 10, 2\)"),
-    "reference": (lambda: pgd(MODEL, X, torch.randn(4, 7), objective="kl"), r"shape \(4, 10\), got \(4, 7\)"),
+    "reference": (lambda: pgd(MODEL, X, torch.randn(4, 7), objective="kl"), r"same shape, got shape \(4, 7\) and shape \(4, 10\)"),
     "ce of logits": (lambda: pgd(MODEL, X, torch.randn(4, 10)), "objective 'ce' needs labels"),
     "margin of logits": (lambda: cw(MODEL, X, torch.randn(4, 10)), "objective 'margin' needs labels"),
     "kl at rest": (lambda: bim(MODEL, X, Y, objective="kl"), "objective 'kl' is flat at x itself"),
@@ -725,6 +746,24 @@ WRONG = {
 }
 
 
+class Gives(nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        self.inside, self.wrap = convnet(), wrap
+
+    def forward(self, x):
+        return self.wrap(self.inside(x))
+
+
+def in_inference(call):
+    with torch.inference_mode():
+        return call()
+
+
+def company():
+    return nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.Flatten(), nn.Linear(768, 10))
+
+
 class Detach(nn.Module):
     def forward(self, x):
         return x.detach()
@@ -737,6 +776,59 @@ def test_bad_input_gets_one_clear_line(wrong, words):
         wrong()
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 160
     assert same(before, state(MODEL))
+
+
+@each_attack
+def test_rounding_is_cut(attack):
+    x = torch.where(X > 0.5, X, 1.0)
+    torch.manual_seed(0)
+    exact = attack(MODEL, x, Y)
+    torch.manual_seed(0)
+    assert attack(MODEL, torch.where(x == 1, 1 + 5e-7, x), Y).equal(exact)
+
+
+@each_attack
+def test_images_made_in_inference_mode_are_images(attack):
+    x, y = in_inference(lambda: (X.clone(), Y.clone()))
+    torch.manual_seed(0)
+    exact = attack(MODEL, X, Y)
+    torch.manual_seed(0)
+    assert attack(MODEL, x, y).equal(exact)
+
+
+@each_attack
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("images", [torch.float32, torch.float64])
+def test_images_keep_their_floats_whatever_the_model_has(attack, kind, images):
+    "Zoo networks take images of any kind of float."
+    x_adv = attack(convnet().to(kind), X.to(images), Y)
+    assert x_adv.dtype == images and x_adv.isfinite().all()
+    assert pgd(MODEL, X, Y, start=X.double(), steps=1).dtype == torch.float32
+
+
+def test_attacks_in_float64_narrow_nothing():
+    "In float64 throughout: a start that differs by 1e-12 is another start."
+    model, x = linear(48, 3), pictures(4, 3, 4).double()
+    for norm in ("linf", "l2"):
+        ends = [pgd(model, x, Y % 3, start=x + d, eps=0.1, step_size=1e-9, norm=norm) for d in (0, 1e-12)]
+        gap = (ends[0] - ends[1]).abs().max()
+        assert 1e-13 < gap < 1e-11
+
+
+def test_a_masked_class_counts_for_nothing():
+    reference = torch.randn(4, 10, generator=stream(3))
+    reference[:, 2] = -torch.inf
+    x_adv = pgd(MODEL, X, reference, objective="kl", eps=0.1)
+    assert x_adv.isfinite().all() and not x_adv.equal(X)
+
+
+def test_torchscript_is_attacked_as_it_is():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        script = torch.jit.trace(MODEL, X)
+    for mode in ("eval", "train", "found"):
+        assert bim(script, X, Y, mode=mode).shape == X.shape
+    assert bim(script, X, Y).allclose(bim(MODEL, X, Y), atol=1e-5)
 
 
 @each_attack

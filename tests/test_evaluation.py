@@ -1,5 +1,6 @@
 "Evaluation against pyautoattack and hand-made cases; masks that must be seen; nothing left behind."
 
+import copy
 import json
 import logging
 import warnings
@@ -191,9 +192,10 @@ def test_a_foreign_checkpoint_is_refused(natural, robust, few, tmp_path):
     }.items():
         one_line(call, rf"aa.json belongs to another evaluation: its {key} is .*; delete it or use another")
     assert path.read_text() == before and run(natural, few, eps=EPS) == wanted
-    for text in ("", before[:-20], "[]", '{"stage": 1}'):
+    flipped = before.replace("[-1, ", "[1, ").replace("[0, ", "[-1, ")
+    for text in ("", before[:-20], "[]", '{"stage": 1}', flipped, "[" * 10**5, '{"sha256": 1}'):
         path.write_text(text)
-        one_line(lambda: run(natural, few, eps=EPS), "aa.json is no checkpoint of autoattack, or cut short")
+        one_line(lambda: run(natural, few, eps=EPS), "aa.json is no checkpoint of autoattack, cut short or changed")
 
 
 def test_few_classes(monkeypatch):
@@ -466,39 +468,111 @@ class Answer(nn.Module):
         return self.row.expand(len(x), *self.row.shape) + 0 * x.sum()
 
 
+NAN = torch.tensor([[0.0, 1.0], [2.0, float("nan")], [0.0, 0.0]])
+
+
 @pytest.mark.parametrize(
     "call, words",
     [
         (lambda m, i: robust_accuracy(m, i, "pgd"), "attack must be .*, got 'pgd'"),
-        (lambda m, i: robust_accuracy(m, i, pgd, batch_size=0), "batch_size must be >= 1, got 0"),
+        (lambda m, i: robust_accuracy(m, i, pgd, batch_size=0), "batch_size must be a whole number >= 1, got 0"),
         (lambda m, i: robust_accuracy(m, i.subset(torch.arange(0)), pgd), "no images"),
         (lambda m, i: robust_accuracy(lambda x: x, i, pgd), "must be an nn.Module"),
         (lambda m, i: robust_accuracy(m, i.floats(), pgd), "must be kdnb.data.Images"),
         (lambda m, i: robust_accuracy(m, i, partial(pgd, eps=-1)), "eps must be .*>= 0, got -1"),
-        (lambda m, i: robust_accuracy(m, i, lambda m, x, y: x + 1), r"pixels in \[0, 1\], got \[1, 2\]"),
-        (lambda m, i: robust_accuracy(m, i, lambda m, x, y: x / 0), r"pixels in \[0, 1\], got \[nan"),
-        (lambda m, i: robust_accuracy(m, i, lambda m, x, y: x[:1]), r"shape \(\d+, 1, 8, 8\), got \(1,"),
-        (lambda m, i: robust_accuracy(m, i, lambda m, x, y: None), "got NoneType"),
+        (lambda m, i: robust_accuracy(m, i, lambda m, x, y: x + 1), r"an attack must lie in \[0, 1\], got 1 to 2"),
+        (lambda m, i: robust_accuracy(m, i, lambda m, x, y: x / 0), r"an attack must lie in \[0, 1\], got nan"),
+        (lambda m, i: robust_accuracy(m, i, lambda m, x, y: x[:1]), r"shape \(\d+, 1, 8, 8\), got shape \(1,"),
+        (lambda m, i: robust_accuracy(m, i, lambda m, x, y: None), "got a NoneType"),
         (lambda m, i: robust_accuracy(Answer([0.0] * 7), i, pgd), r"each of 10 classes, got shape \(40, 7\)"),
         (lambda m, i: robust_accuracy(Answer([float("nan")] * 10), i, pgd), "NaN or infinite"),
-        (lambda m, i: autoattack(m, i, eps=-0.1), "eps must be a number >= 0, got -0.1"),
-        (lambda m, i: autoattack(m, i, eps=float("nan")), "eps must be a number >= 0, got nan"),
+        (lambda m, i: autoattack(m, i, eps=-0.1), "eps must be >= 0, got -0.1"),
+        (lambda m, i: autoattack(m, i, eps=float("nan")), "eps must be >= 0, got nan"),
         (lambda m, i: autoattack(m, i, norm="Linf"), "norm must be linf or l2, got 'Linf'"),
         (lambda m, i: autoattack(m, i, tier="plus"), "tier must be standard or lite, got 'plus'"),
         (lambda m, i: autoattack(Answer([0.0] * 7), i), "each of 10 classes"),
-        (lambda m, i: masking_alarms(m, i, eps=0), "eps > 0, got 0"),
+        (lambda m, i: masking_alarms(m, i, eps=0), "eps must be > 0, got 0"),
         (lambda m, i: masking_alarms(m, i, norm="l1"), "norm must be linf or l2, got 'l1'"),
         (lambda m, i: evaluate(m, i, [pgd, pgd]), "two attacks have the same name"),
         (lambda m, i: evaluate(m, i, autoattack="full"), "tier must be standard or lite, got 'full'"),
-        (lambda m, i: calibration_bins(torch.zeros(3, 2), torch.zeros(4)), r"\(3, 2\) and \(4,\)"),
-        (lambda m, i: calibration_bins(torch.zeros(0, 2), torch.zeros(0)), "wanted logits"),
-        (lambda m, i: calibration_bins(torch.zeros(3, 2), torch.zeros(3), 0), "bins must be >= 1, got 0"),
-        (lambda m, i: agreement(torch.zeros(3, 2), torch.zeros(3, 4)), r"\(3, 2\) and \(3, 4\)"),
-        (lambda m, i: agreement(torch.zeros(3), torch.zeros(3)), "wanted logits"),
+        (lambda m, i: calibration_bins(torch.zeros(3, 2), torch.zeros(4)), r"y must be 3 labels, got shape \(4,\)"),
+        (lambda m, i: calibration_bins(torch.zeros(0, 2), torch.zeros(0)), "logits must not be empty"),
+        (lambda m, i: calibration_bins(torch.zeros(3, 2), torch.zeros(3), 0), "bins must be a whole number >= 1, got 0"),
+        (lambda m, i: agreement(torch.zeros(3, 2), torch.zeros(3, 4)), r"shape \(3, 2\) and shape \(3, 4\)"),
+        (lambda m, i: agreement(torch.zeros(3), torch.zeros(3)), r"logits \(N, K\)"),
+        (lambda m, i: calibration_bins(torch.zeros(3, 2), torch.tensor([0, 1, 2])), r"in \[0, 2\), got 0 to 2"),
+        (lambda m, i: calibration_error(NAN, torch.zeros(3)), "logits hold NaN or infinite values"),
+        (lambda m, i: agreement(torch.zeros(3, 2), NAN), "logits_b hold NaN or infinite values"),
+        (lambda m, i: agreement(NAN, torch.zeros(3, 2)), "logits_a hold NaN"),
+        (lambda m, i: robust_accuracy(m, i, pgd, batch_size=2.5), "batch_size must be a whole .*, got 2.5"),
+        (lambda m, i: evaluate(m, i, batch_size="9"), "batch_size must be a whole number >= 1, got '9'"),
+        (lambda m, i: evaluate(m, i, seed=None), "seed must be a whole number, got None"),
+        (lambda m, i: autoattack(m, i, eps=8), r"got 8; did you mean 8/255\?"),
+        (lambda m, i: evaluate(m, i, eps=8.0), r"got 8.0; did you mean 8/255\?"),
+        (lambda m, i: autoattack(m, i, tier=None), "tier must be standard or lite, got None"),
+        (lambda m, i: masking_alarms(m, i, slack=float("nan")), r"slack must lie in \[0, 1\], got nan"),
+        (lambda m, i: masking_alarms(m, i, steps=0), "steps must be a whole number >= 1, got 0"),
+        (lambda m, i: masking_alarms(m, i, queries=None), "queries must be a whole number >= 1, got None"),
+        (lambda m, i: masking_alarms(m, i, surrogate="m"), "surrogate must be an nn.Module, got 'm'"),
+        (lambda m, i: evaluate(nn.Linear(8, 10).half(), i), "float16 does not take torch.float32 images"),
     ],
 )
 def test_bad_input_is_one_line(natural, few, call, words):
     one_line(lambda: call(natural, few), words)
+
+
+class Gives(nn.Module):
+    def __init__(self, model, wrap):
+        super().__init__()
+        self.model, self.wrap = model, wrap
+
+    def forward(self, x):
+        return self.wrap(self.model(x))
+
+
+DOORS = {
+    "evaluate": evaluate,
+    "robust_accuracy": lambda m, i, **more: robust_accuracy(m, i, pgd, **more),
+    "autoattack": lambda m, i, **more: autoattack(m, i, tier="lite", **more),
+    "masking_alarms": lambda m, i, **more: masking_alarms(m, i, steps=2, queries=2, **more),
+}
+each_door = pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+
+
+@each_door
+def test_networks_that_are_not_plain(natural, few, door):
+    for wrap, got in ((lambda z: (z, z), "a tuple"), (lambda z: {"logits": z}, "a dict"), (lambda z: z[:, 0], "shape")):
+        one_line(lambda: door(Gives(natural, wrap), few), rf"must return logits of shape \(40, K\), got {got}")
+
+
+@each_door
+def test_torchscript_works_as_it_is(natural, few, door):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        script = torch.jit.trace(natural.eval(), few.floats())
+    assert door(script, few, fast=False) == door(natural, few, fast=False)
+    if door is not evaluate:
+        one_line(lambda: door(script, few), "TorchScript network cannot be folded.*fast=False")
+
+
+@each_door
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
+def test_models_of_another_precision(conv, few, door, kind):
+    door(copy.deepcopy(conv).to(kind), few.subset(torch.arange(5)))
+
+
+@each_door
+def test_inside_inference_mode_as_outside(natural, few, door):
+    few = few.subset(torch.arange(9))
+    wanted = door(natural, few)
+    with torch.inference_mode():
+        assert door(natural, few) == wanted
+
+
+def test_a_masked_class_is_no_nan(natural, few):
+    mask = torch.zeros(10).index_fill(0, torch.tensor(3), -torch.inf)
+    found = evaluate(Gives(natural, lambda z: z + mask), few, [partial(pgd, eps=EPS, steps=2)])
+    assert all(v == v for v in found.values())
 
 
 def test_missing_extra_is_said_before_any_work(natural, few, monkeypatch, tmp_path):

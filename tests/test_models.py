@@ -1,8 +1,14 @@
 """What the lesson on models leaves out: independent oracles, foreign networks, files that lie."""
 
+import errno
 import json
+import warnings
+from hashlib import sha256
+from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
@@ -15,6 +21,7 @@ from kdnb.models import (
     check_model,
     create_model,
     features,
+    fold_batchnorm,
     list_models,
     load_model,
     num_params,
@@ -171,12 +178,15 @@ def test_initialisation_leaves_every_stream_alone():
         "wrn_4_1",
         "wrn_18_2",
         "ResNet18",
+        "wrn_6000004_1",
+        "mlp_9999999",
+        "mlp" + "_1" * 10**5,
         None,
         8,
     ],
 )
 def test_unknown_names(name):
-    with pytest.raises(ValueError, match="known names|6n \\+ 4") as error:
+    with pytest.raises(ValueError, match="unknown model|6n \\+ 4") as error:
         check_model(name)
     assert "\n" not in str(error.value)
 
@@ -193,11 +203,55 @@ def test_unknown_names(name):
         dict(std=(1, 1, float("nan"))),
         dict(mean=(0, 0, float("inf"))),
         dict(std=(1, 1, -1)),
+        dict(std=0.5),
+        dict(mean=("a", "b", "c")),
+        dict(num_classes=True),
+        dict(num_classes="10"),
+        dict(num_classes=10**6, name="mlp_9999"),
+        dict(num_classes=10**12),
+        dict(in_channels=10**9),
+        dict(image_size=float("nan")),
+        dict(seed="a"),
     ],
 )
 def test_bad_arguments(arguments):
-    with pytest.raises(ValueError):
-        create_model("resnet8", **arguments)
+    with pytest.raises(ValueError) as error:
+        create_model(**dict(name="resnet8") | arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers(tmp_path):
+    model = create_model("mlp_9", np.int64(4), np.int32(1), np.int64(5), seed=np.int64(1))
+    save_model(model, tmp_path / "a")
+    assert load_model(tmp_path / "a")(torch.rand(2, 1, 5, 5)).shape == (2, 4)
+
+
+def test_an_unknown_name_names_what_is_near_if_anything_is():
+    for name, words in (("resnet21", "nearest: resnet"), ("zzz", "known: mlp_400, ")):
+        with pytest.raises(ValueError, match=words):
+            check_model(name)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_models_of_another_precision_work_on_float32_images(kind, tmp_path):
+    model, x = create_model("resnet8", std=(0.5, 0.5, 0.5), seed=0).eval(), torch.rand(2, 3, 8, 8)
+    expected = model(x)
+    save_model(model.to(kind), tmp_path / "a")
+    for net in (model, load_model(tmp_path / "a"), fold_batchnorm(model)):
+        assert net(x).dtype == kind
+        torch.testing.assert_close(net(x).float(), expected, rtol=0.05, atol=0.05)
+
+
+def test_what_cannot_be_folded_is_told():
+    "TorchScript has no layers to replace; a weight that a hook computes cannot be copied."
+    script = torch.jit.trace(create_model("resnet8", seed=0).eval(), torch.rand(1, 3, 8, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        hooked = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 4, 3)))
+    hooked(torch.rand(1, 3, 8, 8))
+    for model in (script, nn.Sequential(script), hooked):
+        with pytest.raises(ValueError, match="fold=False or fast=False"):
+            fold_batchnorm(model)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +363,7 @@ def test_hooks_are_removed_when_something_fails():
     for name in ("unused", "pair"):
         with pytest.raises(ValueError, match=f"'{name}' gave no tensor"):
             features(model, x, ["conv", name])
-    with pytest.raises(ValueError, match="unknown layer 'konv'; nearest known names: conv"):
+    with pytest.raises(ValueError, match="unknown layer 'konv'; nearest: conv"):
         features(model, x, "konv")
     with pytest.raises(ValueError, match="name the layers"):
         features(nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), x)
@@ -389,3 +443,67 @@ def test_missing_files_and_devices(saved, tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no CUDA"):
             load_model(saved[1], "cuda")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda c, w: c.update(name="wrn_6000004_1"), "6n \\+ 4"),
+        (lambda c, w: c.update(num_classes=10**9), "num_classes must be"),
+        (lambda c, w: c.update(std=[1, 0, 1]), "std must be > 0, got 0"),
+        (lambda c, w: c.update(colour="red"), "not of 'resnet8'"),
+        (lambda c, w: c.pop("name"), "not of None"),
+        (lambda c, w: c.update(name=["resnet8"]), "unknown model"),
+        (lambda c, w: w.update({"linear.bias": w["linear.bias"] * float("nan")}), "'linear.bias' holds NaN"),
+        (lambda c, w: w.update({"normalize.std": 0 * w["normalize.std"]}), "'normalize.std' holds"),
+        (lambda c, w: w.update({"stem.1.running_var": -w["stem.1.running_var"]}), "running_var' holds"),
+        (lambda c, w: w.update({"linear.bias": w["linear.bias"].half()}), "one dtype"),
+        (lambda c, w: w.update({k: v.to(torch.int8) for k, v in w.items()}), "dtype of weights must be"),
+        (lambda c, w: w.update({k: v.to(torch.complex64) for k, v in w.items()}), "dtype of weights must be"),
+        (lambda c, w: w.clear(), "one dtype"),
+    ],
+)
+def test_hostile_cards_get_one_line(saved, change, words):
+    "The checksum fits, since whoever made the weights made the card."
+    path = saved[1]
+    weights, card = path.with_name("a.b.safetensors"), json.loads(path.with_name("a.b.json").read_text())
+    state = safetensors.torch.load(weights.read_bytes())
+    change(card["model"], state)
+    weights.write_bytes(data := safetensors.torch.save(state))
+    path.with_name("a.b.json").write_text(json.dumps(card | {"sha256": sha256(data).hexdigest()}))
+    with pytest.raises(ValueError, match=words) as error:
+        load_model(path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, '"' + "a" * 2 * 10**6 + '"', "{}", "\xff"], ids=len)
+def test_hostile_text_gets_one_line(saved, text):
+    saved[1].with_name("a.b.json").write_bytes(text.encode("latin1"))
+    with pytest.raises(ValueError, match="no card of a kdnb model") as error:
+        load_model(saved[1])
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_what_no_network_can_compute_with_is_not_saved(saved):
+    for harm in (lambda m: m.linear.half(), lambda m: m.linear.bias.data.fill_(torch.nan)):
+        model = create_model("resnet8", 5)
+        harm(model)
+        with pytest.raises(ValueError, match="one dtype|NaN"):
+            save_model(model, saved[1])
+
+
+def test_a_full_disk_leaves_the_old_pair(saved, monkeypatch):
+    model, path = saved
+    before, write = {p.name: p.read_bytes() for p in path.parent.iterdir()}, Path.write_bytes
+
+    def full(self, data):
+        write(self, data[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for ending in ("safetensors", "json"):
+        monkeypatch.setattr(
+            Path, "write_bytes", lambda p, data: full(p, data) if ending in p.name else write(p, data)
+        )
+        with pytest.raises(OSError, match="could not be written.*No space left"):
+            save_model(create_model("resnet8", 5, seed=7), path)
+        assert before == {p.name: p.read_bytes() for p in path.parent.iterdir()}
