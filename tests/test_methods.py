@@ -4,8 +4,10 @@ And every loss of logits: half precision, float64, masked classes, sequences, on
 
 import copy
 import inspect
+import json
 import math
 from functools import partial
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -214,6 +216,25 @@ def test_only_numbers_pass_for_numbers(name):
             except ValueError as error:
                 assert argument in str(error) and "\n" not in str(error), (argument, value, str(error))
             else: passed.append((argument, value))
+    assert not passed
+
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "nbs"
+
+
+@pytest.mark.parametrize("name", ["10_kd", "12_robust", "22_ard", "23_afd", "24_tfkd"])
+def test_parameters_of_a_notebook_that_are_no_numbers_are_refused_before_it_starts(name):
+    cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = [(c["metadata"].get("tags"), "".join(c["source"])) for c in cells if c["cell_type"] == "code"]
+    start = [tags for tags, _ in code].index(["parameters"])
+    values, setup, passed = {}, code[start + 1][1], []
+    exec(code[start][1], values)
+    exec(setup, dict(values))
+    for parameter, kind in values["__annotations__"].items():
+        if kind is not float: continue
+        try: exec(setup, values | {parameter: math.nan})
+        except ValueError as error: assert parameter in str(error)
+        else: passed.append(parameter)
     assert not passed
 
 
