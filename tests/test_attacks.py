@@ -731,7 +731,7 @@ WRONG = {
     "numpy": (lambda: pgd(MODEL, X.numpy(), Y), "x must be float32 in .* got ndarray"),
     "one row": (lambda: pgd(Says((3, 10)), X, Y), r"logits of shape \(4, K\), got .* \(3, 10\)"),
     "maps": (lambda: fgsm(Says((4, 10, 2)), X, Y), r"logits of shape \(4, K\), got .* \(4, 10, 2\)"),
-    "reference": (lambda: pgd(MODEL, X, torch.randn(4, 7), objective="kl"), r"same shape, got shape \(4, 7\)"),
+    "reference": (lambda: pgd(MODEL, X, torch.randn(4, 7), objective="kl"), r"same shape, got .*4, 7"),
     "ce of logits": (lambda: pgd(MODEL, X, torch.randn(4, 10)), "objective 'ce' needs labels"),
     "margin of logits": (lambda: cw(MODEL, X, torch.randn(4, 10)), "objective 'margin' needs labels"),
     "kl at rest": (lambda: bim(MODEL, X, Y, objective="kl"), "objective 'kl' is flat at x itself"),
