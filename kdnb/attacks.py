@@ -132,7 +132,7 @@ def _check(model, x, y, eps, norm, step_size=None, **counts):  # -> x and y, rea
     if not isinstance(y, Tensor) or y.ndim != 1 + y.is_floating_point() or len(y) != len(x):
         raise ValueError(f"y must be {len(x)} whole labels, or float logits ({len(x)}, K), got {_what(y)}")
     if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
-        raise ValueError("attacks need gradients: call them, and make the model, outside torch.inference_mode")
+        raise ValueError("attacks need gradients: call them and make the model outside torch.inference_mode")
     x, y = (v.clone() if v.is_inference() else v.detach() for v in (x, y))
     return cut_pixels(x), y if y.is_floating_point() else y.long()
 
@@ -173,7 +173,8 @@ def _check_plan(model, x, y, objective, start, targeted, early_stop, mode):
 # %% ../nbs/02_attacks.ipynb #98d166c1
 @torch.no_grad()
 def _check_logits(logits, goal):
-    if goal.aim.is_floating_point(): check_alike("must have the same shape", reference=goal.aim, logits=logits)
+    if goal.aim.is_floating_point():
+        check_alike("must have the same shape", reference=goal.aim, logits=logits)
     if compiling(): return
     z = logits.float()
     off = (z.sum(1) - 1).abs().amax() + (z < 0).any()  # 0 if all rows are probabilities

@@ -53,7 +53,8 @@ def _seeded(seed):
 # %% ../nbs/04_evaluation.ipynb #52696541
 def _check_inputs(model, images, batch_size, seed):
     if not isinstance(model, nn.Module): raise ValueError(f"model must be an nn.Module, got {shown(model)}")
-    if not isinstance(images, Images): raise ValueError(f"images must be kdnb.data.Images, got {describe(images)}")
+    if not isinstance(images, Images):
+        raise ValueError(f"images must be kdnb.data.Images, got {describe(images)}")
     if not len(images): raise ValueError("there are no images to evaluate on")
     check_numbers("whole >= 1", batch_size=batch_size), check_numbers("whole", seed=seed)
 
@@ -286,8 +287,9 @@ def autoattack(
         logits = _predict(model, images, batch_size)
         classes = logits.shape[1]
         if classes < 4: raise ValueError(f"autoattack needs at least 4 classes, got {classes}")
-        identity = dict(eps=float(eps), norm=norm, tier=tier, seed=int(seed), batch_size=int(batch_size), fast=fast,
-                        model=_sha256(model.state_dict().values()), images=_sha256([images.x, images.y]),
+        identity = dict(eps=float(eps), norm=norm, tier=tier, seed=int(seed), batch_size=int(batch_size),
+                        fast=fast, model=_sha256(model.state_dict().values()),
+                        images=_sha256([images.x, images.y]),
                         pyautoattack=version("pyautoattack"))
         state = _State(checkpoint, identity, (logits.argmax(1) == images.y.cpu()).long().neg())
         target = _quick_copy(model) if fast else model
@@ -371,31 +373,29 @@ def masking_alarms(
     check_numbers("whole >= 1", steps=steps, queries=queries)
     if not isinstance(surrogate, nn.Module | None):
         raise ValueError(f"surrogate must be an nn.Module, got {shown(surrogate)}")
-    def left(attack, **options):
-        def run(target, x, y): return attack(target, x, y, **{"eps": eps, "norm": norm} | options)
-        return still_right(model, images, run, batch_size=batch_size, seed=seed, fast=fast)
+    def left(attack, images=images, **options):
+        attack = partial(attack, **{"eps": eps, "norm": norm} | options)
+        return still_right(model, images, attack, batch_size=batch_size, seed=seed, fast=fast)
     def transfer(target, x, y, **options): return pgd(surrogate, x, y, **options)
     many, one, black = left(pgd, steps=steps), left(fgsm), left(_random_search, queries=queries)
     if surrogate is not None: black &= left(transfer, steps=steps)
-    limit = max(slack, 2 / len(images))
-
     def lead(cheap):  # share of images that PGD leaves and something cheaper breaks
         ahead = (many & ~cheap).nonzero()[:, 0]
         if limit < len(ahead) / len(images) <= 5 * limit:
-            second = partial(_second_chance, eps=eps, norm=norm, steps=steps)
-            options = dict(batch_size=batch_size, seed=seed, fast=fast)
-            ahead = ahead[still_right(model, images.subset(ahead), second, **options)]
+            ahead = ahead[left(_second_chance, images.subset(ahead), steps=steps)]
         return len(ahead) / len(images)
-
+    limit = max(slack, 2 / len(images))
     whole = 1.0 if norm == "linf" else images.x[0].numel() ** 0.5  # no image is further away
     far = left(pgd, eps=whole, steps=2 * steps)
     zero, change = _probe(model, images, batch_size, seed)
     share = {"many_steps": many, "one_step": one, "black_box": black, "unbounded": far}
     share = {name: mask.double().mean().item() for name, mask in share.items()}
-    share |= {"only_one_step": lead(one), "only_black_box": lead(black), "zero_gradient": zero, "change": change}
+    share |= {"only_one_step": lead(one), "only_black_box": lead(black)}
+    return _ring(share | {"zero_gradient": zero, "change": change}, limit)
 
+# %% ../nbs/04_evaluation.ipynb #0e334074
+def _ring(share, limit):
     def alarm(*names, limit=limit): return Alarm(share[names[0]] > limit, {n: share[n] for n in names})
-
     return {
         "one_step_beats_many": alarm("only_one_step", "one_step", "many_steps"),
         "black_box_beats_white_box": alarm("only_black_box", "black_box", "many_steps"),

@@ -213,7 +213,7 @@ def seeded(seed: int | None):  # None: nothing changes, draws come from torch's 
     "Inside, torch draws on the CPU from a stream of this seed; afterwards it goes on as if nothing had been."
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
-            torch.default_generator.manual_seed(int(seed))  # not torch.manual_seed: that would reseed the GPUs too
+            torch.default_generator.manual_seed(int(seed))  # torch.manual_seed would reseed the GPUs too
         yield
 
 # %% ../nbs/01_models.ipynb #a78e4a81
@@ -236,7 +236,7 @@ def create_model(
     seed = seed if seed is None else int(seed)
     with torch.device("meta"):  # no memory, no random numbers
         if (count := num_params(_build(name, mean, std, **sizes))) > 10**9:
-            raise ValueError(f"{name} with these sizes has {count:,} parameters, at most 1,000,000,000 are built")
+            raise ValueError(f"{name} with these sizes has {count:,} parameters; at most 1e9 are built")
     with seeded(seed):
         model = _build(name, mean, std, **sizes)
         _he_init(model)
@@ -301,10 +301,10 @@ def fold_batchnorm(
 ) -> nn.Module:        # a frozen copy in evaluation mode; the same answers up to rounding
     "A copy in which each Conv2d with a BatchNorm2d right behind it in a Sequential is one Conv2d."
     if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
-        raise ValueError("a TorchScript network cannot be folded; attack it as it is: fold=False or fast=False")
+        raise ValueError("a TorchScript network cannot be folded; leave it as it is: fold=False, fast=False")
     try: model = copy.deepcopy(model).eval()
     except RuntimeError as error:  # weights that a hook computes, as those of the old weight_norm
-        raise ValueError("this network cannot be copied, so not be folded; attack it as it is: fold=False or "
+        raise ValueError("this network cannot be copied, so not be folded; leave it as it is: fold=False, "
                          f"fast=False ({shown(str(error))})") from None
     for block in [m for m in model.modules() if type(m).forward is nn.Sequential.forward]:
         for (name, layer), (after, norm) in pairwise(list(block._modules.items())):
@@ -339,7 +339,7 @@ def _check_weights(state):
     "One kind of float, finite, no negative variance: what a network can compute with."
     floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     kinds = {t.dtype for key, t in state.items() if not key.endswith("num_batches_tracked")}
-    if len(kinds) != 1: raise ValueError(f"weights must be of one dtype, got {shown(sorted(map(str, kinds)))}")
+    if len(kinds) != 1: raise ValueError(f"weights must be of one dtype, got {shown([*map(str, kinds)])}")
     check_choice(floats, **{"the dtype of weights": kinds.pop()})
     for key, t in state.items():
         low = {"running_var": 0.0, "std": 1e-30}.get(key.rsplit(".", 1)[-1], -float("inf"))

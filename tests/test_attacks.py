@@ -678,7 +678,7 @@ class Says(nn.Module):
 
 
 MODEL, X, Y = convnet(), pictures(4), labels(4)
-SPOILED = X.clone()
+SPOILED, P = X.clone(), X[:, 0, 0, :4]
 SPOILED[0, 0, 0, 0] = math.nan
 WRONG = {
     "pixels": (lambda: pgd(MODEL, 255 * X, Y), r"pixels must lie in \[0, 1\], got .* to 2\d\d"),
@@ -697,20 +697,20 @@ WRONG = {
     "kappa": (lambda: cw(MODEL, X, Y, kappa=-1), "kappa must be >= 0, got -1"),
     "levels": (lambda: pgd(MODEL, X, Y, eps=8), r"eps must lie in \[0, 1\], got 8; did you mean 8/255\?"),
     "levels of cw": (lambda: cw(MODEL, X, Y, eps=2, norm="linf"), "did you mean 2/255"),
-    "text": (lambda: pgd(MODEL, X, Y, eps="8/255"), "eps must be a number >= 0, got '8/255'"),
+    "text": (lambda: pgd(MODEL, X, Y, eps="8/255"), "eps must be a number >= 0"),
     "no number": (lambda: fgsm(MODEL, X, Y, eps=None), "eps must be a number >= 0, got None"),
     "bool": (lambda: pgd(MODEL, X, Y, steps=True), "steps must be a whole number >= 1, got True"),
     "nan step": (lambda: pgd(MODEL, X, Y, step_size=math.nan), "step_size must be >= 0, got nan"),
     "nan kappa": (lambda: cw(MODEL, X, Y, kappa=math.nan), "kappa must be >= 0, got nan"),
-    "kappa in linf": (lambda: cw(MODEL, X, Y, kappa="1", norm="linf"), "kappa must be a number >= 0, got '1'"),
+    "kappa in linf": (lambda: cw(MODEL, X, Y, kappa="1", norm="linf"), "kappa must be a number"),
     "nan start": (lambda: pgd(MODEL, X, Y, start=SPOILED), "start must be finite"),
     "another start": (lambda: pgd(MODEL, X, Y, start=X[:2]), r"same shape, got shape \(2, 3, 16, 16\)"),
     "eps of project": (lambda: project(X, X, math.nan), "eps must be >= 0, got nan"),
     "a bit white": (lambda: pgd(MODEL, X.clamp(min=1 + 2e-6), Y), r"got 1\.000002 to 1\.000002"),
     "tuple": (lambda: pgd(Gives(lambda z: (z, z)), X, Y), r"logits of shape \(4, K\), got a tuple; wrap"),
     "dict": (lambda: cw(Gives(lambda z: dict(logits=z)), X, Y), "got a dict; wrap"),
-    "half weights": (lambda: pgd(nn.Linear(4, 3).half(), X[:, 0, 0, :4], Y), "of torch.float16 does not take torch.f"),
-    "wide images": (lambda: pgd(linear(4, 3)[1].float(), X[:, 0, 0, :4].double(), Y), "not take torch.float64"),
+    "half weights": (lambda: pgd(nn.Linear(4, 3).half(), P, Y), "float16 does not take torch.float32"),
+    "wide images": (lambda: pgd(nn.Linear(4, 3), P.double(), Y), "float32 does not take torch.float64"),
     "inference": (lambda: in_inference(lambda: pgd(MODEL, X, Y)), "outside torch.inference_mode"),
     "made there": (lambda: cw(in_inference(lambda: nn.Linear(9, 3)), X[:, 0, :1, :9], Y), "inference_mode"),
     "company": (lambda: bim(company(), X, Y, early_stop=True), "track_running_stats=False an answer depends"),
@@ -731,7 +731,7 @@ WRONG = {
     "numpy": (lambda: pgd(MODEL, X.numpy(), Y), "x must be float32 in .* got ndarray"),
     "one row": (lambda: pgd(Says((3, 10)), X, Y), r"logits of shape \(4, K\), got .* \(3, 10\)"),
     "maps": (lambda: fgsm(Says((4, 10, 2)), X, Y), r"logits of shape \(4, K\), got .* \(4, 10, 2\)"),
-    "reference": (lambda: pgd(MODEL, X, torch.randn(4, 7), objective="kl"), r"same shape, got shape \(4, 7\) and shape \(4, 10\)"),
+    "reference": (lambda: pgd(MODEL, X, torch.randn(4, 7), objective="kl"), r"same shape, got .*4, 7"),
     "ce of logits": (lambda: pgd(MODEL, X, torch.randn(4, 10)), "objective 'ce' needs labels"),
     "margin of logits": (lambda: cw(MODEL, X, torch.randn(4, 10)), "objective 'margin' needs labels"),
     "kl at rest": (lambda: bim(MODEL, X, Y, objective="kl"), "objective 'kl' is flat at x itself"),
