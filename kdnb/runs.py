@@ -143,7 +143,7 @@ def _key(parameters):  # its short hash: paths count in full, and 1 is 1.0
     values = sorted((k, plain(v)) for k, v in parameters.items() if k not in _MACHINE)
     return hashlib.sha256(repr(values).encode()).hexdigest()[:8]
 
-# %% ../nbs/05_runs.ipynb #d5948350
+# %% ../nbs/05_runs.ipynb #10ff6c75
 _KEYS = {"notebook": str, "preset": str, "seed": int, "parameters": dict, "metrics": dict, "dataset": dict,
          "device": str, "seconds": int | float, "started": str}
 
@@ -161,6 +161,7 @@ def _read_card(line):  # ValueError if it is none
     check_numbers("", seconds=card["seconds"], **{f"metric {k}": v for k, v in card["metrics"].items()})
     return card
 
+# %% ../nbs/05_runs.ipynb #d5948350
 def load_cards(
     notebook: str, folder: str | Path | None = None,  # "10_kd"; None: the shipped ones, ./results and ./runs
     like: dict | None = None,  # all parameters of a run: only cards of its protocol and its seed
