@@ -9,16 +9,22 @@ __all__ = ['run_notebook', 'sweep', 'copy_notebooks', 'main']
 import argparse
 import ast
 import json
+import logging
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
 import kdnb
+from .checks import check_numbers, shown
 from kdnb.runs import (
     find_notebook,
     first_cells,
@@ -34,8 +40,13 @@ from kdnb.runs import (
 
 # %% ../nbs/06_runner.ipynb #e04d1c62
 def _output_name(name, every):  # 10_kd.PRESET.what-differs.seed0.ipynb
-    words = f"{name}.{protocol_name(name, every)[0]}.seed{every.get('seed', 0)}"
-    return re.sub(r"[^\w.=-]+", ".", words) + ".ipynb"
+    words, _, key = protocol_name(name, every)
+    parts = [part.rpartition("=")[2] if part.count("=") == 1 else part for part in words.split(", ")]
+    short = re.sub(r"[^\w.=-]+", ".", f"{name}.{words}", flags=re.ASCII)
+    odd = any(re.search(r"[^\w.-]", part, re.ASCII) for part in parts)
+    if odd or len(short) > 60 or any("," in str(v) for v in every.values()):
+        short = f"{short[:60]}.{key}"  # what the words leave open, the short hash decides
+    return f"{short}.seed{every.get('seed', 0)}.ipynb"
 
 def _check_output(output):  # its absolute path; never that of a lesson, not even through a link
     output = Path(output).absolute()
@@ -63,6 +74,7 @@ def _run_folder():  # where lessons work
 # %% ../nbs/06_runner.ipynb #7d3a1528
 def _execute(path, output, values, cwd, timeout):
     import papermill
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of comments in the parameters cell
     part, failed = output.with_suffix(".part.ipynb"), output.with_suffix(".failed.ipynb")
     files = [re.sub("([{}])", r"\1\1", str(p)) for p in (path, part)]  # papermill fills {names} in
     try:
@@ -107,32 +119,69 @@ def sweep(
     folder: str | Path = "runs", log=print,  # for executed notebooks; for cards if the lesson would keep none
 ) -> dict:  # name of the executed notebook -> "done", "skipped" or "failed: why"
     "Run a grid; skip what is recorded, go on past a failed run. Bad input is refused before the first run."
-    if jobs < 1 or not grid or not all(grid.values()):
-        raise ValueError(f"a sweep needs jobs >= 1 and values to combine, got jobs={jobs}, grid={grid}")
-    commands, report = {}, {}
+    check_numbers("whole >= 1", jobs=jobs)
+    if not grid or not all(grid.values()): raise ValueError(f"a sweep needs values to combine, got {shown(grid)}")
+    points, report = _points(name, grid, preset, parameters, folder)
+    with ThreadPoolExecutor(jobs) as pool, _lifeline() as line:
+        def check(out): return _check_setup(notebooks()[points[out][0]], points[out][1], _run_folder())
+        list(pool.map(check, [out for out, point in points.items() if not point[2]]))
+        env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ, "KDNB_LIFELINE": "1"}
+        def run(out):
+            full, values, recorded = points[out]
+            words = ["run", full, "-o", str(Path(folder) / out)]
+            words += [word for k, v in values.items() for word in ("-p", k, str(v))]
+            report[out] = "skipped" if recorded else _run_apart(words, line, env)
+            log(f"{out}: {report[out]}")
+        list(pool.map(run, points))
+    return {out: report[out] for out in points}
+
+def _points(name, grid, preset, parameters, folder):  # output -> (full name, values, whether it is recorded)
+    points, keys = {}, {}
     for point in product(*grid.values()):
         point = dict(zip(grid, point, strict=True))
-        name, values, every = plan_run(name, preset, (parameters or {}) | point)
+        full, values, every = plan_run(name, preset, (parameters or {}) | point)
         if every.get("results") == "":
             values["results"] = every["results"] = str(Path(folder).absolute())
-        out, cards = _output_name(name, every), _run_folder() / every.get("results", folder)
-        report |= {out: "skipped"} if load_cards(name, cards, like=every) else {}
-        commands[out] = [sys.executable, "-m", "kdnb.runner", "run", name, "-o", str(Path(folder) / out)]
-        commands[out] += [word for k, v in values.items() for word in ("-p", k, str(v))]
-    env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ}
-    def run(out):
-        if out not in report:
-            done = subprocess.run(commands[out], capture_output=True, text=True, env=env)
-            said = (done.stderr.strip() or "no message").splitlines()[-1].removeprefix("kdnb: ")
-            report[out] = f"failed: {said}" if done.returncode else "done"
-        log(f"{out}: {report[out]}")
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            list(pool.map(run, commands))
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return {out: report[out] for out in commands}
+        out, key = _output_name(full, every), (protocol_name(full, every)[2], every.get("seed"))
+        if out in points or key in keys:
+            raise ValueError(f"the grid holds one run twice: {shown(keys.get(key, out))} and {shown(point)}")
+        cards = load_cards(full, _run_folder() / every.get("results", folder), like=every)
+        points[out], keys[key] = (full, values, bool(cards)), point
+    return points, {}
+
+# %% ../nbs/06_runner.ipynb #125c9758
+@contextmanager
+def _lifeline():  # a pipe's end to read from; the other one closes with the block, or with this process
+    read, write = os.pipe()
+    held = [write]
+    try:
+        yield read
+    except BaseException:
+        os.close(held.pop())  # before the pool waits for its runs
+        raise
+    finally:
+        for end in [read, *held]: os.close(end)
+
+def _run_apart(words, line, env):  # the `kdnb` command in a process of its own -> "done" or "failed: why"
+    command = [sys.executable, "-m", "kdnb.runner", *words]
+    done = subprocess.run(command, stdin=line, capture_output=True, text=True, env=env, start_new_session=True)
+    said = (done.stderr.strip() or "no message").splitlines()[-1].removeprefix("kdnb: ")
+    return f"failed: {said}" if done.returncode else "done"
+
+def _hear():  # TERM and HUP end a command as Ctrl-C does, and so does the end of its sweep
+    def stop(number, frame):
+        for name in heard: signal.signal(name, signal.SIG_IGN)
+        raise KeyboardInterrupt
+    def watch():
+        while os.read(0, 1024): pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(20)
+        os._exit(130)
+    names = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    heard = {name: signal.getsignal(name) for name in names if signal.getsignal(name) != signal.SIG_IGN}
+    for name in heard: signal.signal(name, stop)
+    if os.environ.pop("KDNB_LIFELINE", None): threading.Thread(target=watch, daemon=True).start()
+    return heard
 
 # %% ../nbs/06_runner.ipynb #5382f867
 def copy_notebooks(folder: str | Path, force: bool = False) -> list:  # force: replace files -> the new paths
@@ -175,7 +224,7 @@ def _shown_table(path, name):  # the last results table that an executed noteboo
 def _read(kind, text):
     try:
         return text if kind is str else ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
 
 # %% ../nbs/06_runner.ipynb #2c2d089f
@@ -185,6 +234,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser():
     top = _Parser(prog="kdnb", description="Knowledge distillation lessons: read them, run them, compare.")
+    top.add_argument("--version", action="version", version=f"kdnb {kdnb.__version__}")
     add = top.add_subparsers(dest="command", required=True).add_parser
     show, results = add("list", help="the lessons, or one's parameters"), add("results", help="recorded runs")
     run, grid = add("run", help="execute a lesson"), add("sweep", help="run a grid, skip what is recorded")
@@ -193,12 +243,14 @@ def _parser():
         sub.add_argument("name", nargs="?" if sub in (show, results) else None, help="a lesson: 10_kd, or kd")
     for sub in (run, grid):
         sub.add_argument("-f", dest="preset", metavar="PRESET", help="a named experiment, or a yaml file")
-        sub.add_argument("-p", dest="set", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+        sub.add_argument("-p", dest="set", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+                         help="set a parameter; see kdnb list NAME; may be repeated")
         sub._negative_number_matcher = re.compile(r"-\.?\d[\d.eE+-]*")  # so that -1e-3 is a value
     run.add_argument("-o", dest="output", metavar="OUT.ipynb", help="default: runs/NAME.PRESET.seedN.ipynb")
-    grid.add_argument("-g", dest="grid", action="append", required=True, metavar="NAME=V1,V2")
+    grid.add_argument("-g", dest="grid", action="append", required=True, metavar="NAME=V1,V2",
+                      help="values of a parameter; all combinations of repeated -g are run")
     grid.add_argument("-j", dest="jobs", type=int, default=1, help="runs at the same time")
-    copy.add_argument("folder")
+    copy.add_argument("folder", help="is made if need be")
     copy.add_argument("--force", action="store_true", help="replace files that are there")
     return top
 
@@ -216,13 +268,16 @@ def _command(args):  # -> exit code
         kinds = {k: v[0] for k, v in read_parameters(notebooks()[find_notebook(args.name)]).items()}
         def read(name, text):
             return _read(kinds.get(name, str), text)
+        pairs = [g.partition("=")[::2] for g in getattr(args, "grid", [])]
+        names = [k for k, _ in [*args.set, *pairs]]
+        if twice := [k for k in dict.fromkeys(names) if names.count(k) > 1]:
+            raise ValueError(f"{shown(twice[0])} is set twice")
         common = {"preset": args.preset, "parameters": {k: read(k, v) for k, v in args.set}}
         if args.command == "run":
             out = run_notebook(args.name, output=args.output, **common)
             table = _shown_table(out, find_notebook(args.name))
             print(f"\n{table}\n\nthe executed notebook: {os.path.relpath(out)}")
         else:
-            pairs = [g.partition("=")[::2] for g in args.grid]
             grid = {k: [read(k, v) for v in values.split(",")] for k, values in pairs}
             report = sweep(args.name, grid, jobs=args.jobs, **common)
             return int(any(state.startswith("failed") for state in report.values()))
@@ -231,6 +286,7 @@ def _command(args):  # -> exit code
 # %% ../nbs/06_runner.ipynb #bc71690b
 def main(argv: list | None = None) -> int:  # words -> 0 done, 1 a run failed, 2 bad input, 130 stopped
     "The `kdnb` command; an error is one line."
+    heard = _hear() if threading.current_thread() is threading.main_thread() else {}
     try:
         return _command(_parser().parse_args(argv))
     except KeyboardInterrupt:
@@ -239,6 +295,8 @@ def main(argv: list | None = None) -> int:  # words -> 0 done, 1 a run failed, 2
         code, words = 1, str(error)
     except (ValueError, ImportError, OSError) as error:
         code, words = 2, str(error)
+    finally:
+        for name, before in heard.items(): signal.signal(name, before)
     print("kdnb:", " ".join(words.split()), file=sys.stderr)
     return code
 

@@ -8,6 +8,8 @@ __all__ = ['run_parameters', 'run_card', 'save_card', 'load_cards', 'lessons_fol
 
 # %% ../nbs/05_runs.ipynb #7531b4c0
 import ast
+import hashlib
+import html
 import json
 import math
 import os
@@ -16,12 +18,14 @@ import re
 import subprocess
 import sys
 import time
-from difflib import get_close_matches
+import warnings
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean, stdev
 
 from . import __version__
+from .checks import check_numbers, shown, unknown
 
 # %% ../nbs/05_runs.ipynb #c04f2363
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool}
@@ -80,29 +84,52 @@ def run_card(
         raise ValueError("a card needs a plain notebook name, parameters preset and seed, a dataset name, "
                          f"got {notebook!r}, {sorted(parameters)}, {sorted(dataset)}")
     for name, value in metrics.items():
-        limit = 1 if _is_accuracy(name) else sys.float_info.max
-        if not isinstance(value, int | float) or not abs(value) <= limit:
-            raise ValueError(f"metric {name} must be one finite float, accuracies in [0, 1], got {value!r}")
+        check_numbers("in [-1, 1]" if _is_accuracy(name) else "", **{f"metric {name}": value})
     card = {"notebook": notebook, "preset": parameters["preset"], "seed": parameters["seed"],
             "parameters": _portable(parameters), "metrics": metrics, "dataset": dataset,
             "device": _device_name(parameters.get("device", "cpu")), "threads": torch.get_num_threads(),
             "python": platform.python_version(), "torch": str(torch.__version__), "kdnb": __version__,
             "commit": _commit(), "seconds": round(time.time() - started if seconds is None else seconds, 2),
-            "samples_per_s": samples_per_s and round(samples_per_s, 1), "extra": extra or {},
+            "key": _key(parameters), "samples_per_s": samples_per_s and round(samples_per_s, 1), "extra": extra or {},
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))}
     return json.loads(json.dumps(card, allow_nan=False))
 
 # %% ../nbs/05_runs.ipynb #af4298ac
+def _torn(data):  # bytes of a file of cards -> where a last line begins that is not whole; None: all are
+    lines = data.rstrip(b"\n").rpartition(b"\n")
+    try: json.loads(lines[2] or b"{}")
+    except (ValueError, RecursionError): return len(lines[0] + lines[1])
+    return None
+
 def save_card(card: dict, folder: str | Path) -> Path | None:  # of NOTEBOOK.jsonl; folder "" keeps nothing
-    "Append the card as one line, safely beside other processes; earlier cards of the same run stay too."
+    "Append the card as one line, beside other processes; OSError, and the file as it was, if the disk is full."
     if not str(folder):
         return None
     path = Path(folder) / f"{card['notebook']}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(card, allow_nan=False) + "\n"
-    with open(path, "ab", buffering=0) as file:
-        file.write(line.encode())
+    line = json.dumps(card, allow_nan=False).encode() + b"\n"
+    with open(path, "a+b", buffering=0) as file:
+        _lock(file)
+        file.seek(0)
+        before = file.read()
+        if (torn := _torn(before)) is not None:
+            with open(path.with_suffix(".torn"), "ab") as aside: aside.write(before[torn:].rstrip() + b"\n")
+            warnings.warn(f"{path.name}: its last line was torn and is now in {path.stem}.torn", stacklevel=2)
+            before = before[:torn]
+            file.truncate(torn)
+        line = b"\n" * (before[-1:] not in (b"", b"\n")) + line
+        try:
+            if (count := file.write(line)) != len(line): raise OSError(f"{count} of {len(line)} bytes")
+            os.fsync(file.fileno())
+        except OSError as error:
+            file.truncate(len(before))
+            raise OSError(f"{path} could not be written: {error}") from error
     return path
+
+def _lock(file):  # until it is closed; where files cannot be locked, a card is still one write
+    with suppress(ImportError, OSError):
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 # %% ../nbs/05_runs.ipynb #ab29309b
 _MACHINE = ["seed", "device", "root", "results", "download", "threads", "workers", "compile", "progress",
@@ -111,9 +138,30 @@ _MACHINE = ["seed", "device", "root", "results", "download", "threads", "workers
 def _protocol(parameters):  # what defines an experiment
     return {k: v for k, v in _portable(parameters).items() if k not in _MACHINE}
 
-# %% ../nbs/05_runs.ipynb #d5948350
-_KEYS = ["notebook", "preset", "seed", "parameters", "metrics", "dataset", "device", "seconds", "started"]
+def _key(parameters):  # its short hash: paths count in full, and 1 is 1.0
+    def plain(v): return float(v) if type(v) is int and abs(v) < 2**53 else v
+    values = sorted((k, plain(v)) for k, v in parameters.items() if k not in _MACHINE)
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:8]
 
+# %% ../nbs/05_runs.ipynb #10ff6c75
+_KEYS = {"notebook": str, "preset": str, "seed": int, "parameters": dict, "metrics": dict, "dataset": dict,
+         "device": str, "seconds": int | float, "started": str}
+
+def _read_card(line):  # ValueError if it is none
+    card = json.loads(line)
+    if not isinstance(card, dict): raise ValueError(f"got {shown(card)}")
+    if missing := [k for k in _KEYS if k not in card]: raise ValueError(f"no {', '.join(missing)}")
+    kinds = {k: (card[k], kind) for k, kind in _KEYS.items()}
+    kinds |= {"dataset name": (card["dataset"].get("name"), str)} if type(card["dataset"]) is dict else {}
+    kinds["commit"] = card.get("commit"), str | None
+    for name, (value, kind) in kinds.items():
+        if not isinstance(value, kind) or isinstance(value, bool):
+            words = getattr(kind, "__name__", None) or str(kind).replace(" | ", " or ")
+            raise ValueError(f"{name} must be {words}, got {shown(value)}")
+    check_numbers("", seconds=card["seconds"], **{f"metric {k}": v for k, v in card["metrics"].items()})
+    return card
+
+# %% ../nbs/05_runs.ipynb #d5948350
 def load_cards(
     notebook: str, folder: str | Path | None = None,  # "10_kd"; None: the shipped ones, ./results and ./runs
     like: dict | None = None,  # all parameters of a run: only cards of its protocol and its seed
@@ -125,17 +173,20 @@ def load_cards(
         folders = [Path(folder)]
     cards = []
     for path in dict.fromkeys((f / f"{notebook}.jsonl").resolve() for f in folders):
-        for number, line in enumerate(path.read_text("utf-8").split("\n") if path.exists() else [], 1):
+        data = path.read_bytes() if path.exists() else b""
+        if (torn := _torn(data)) is not None:
+            warnings.warn(f"{path.parent.name}/{path.name}: its last line is torn and left out", stacklevel=2)
+        for number, line in enumerate(data[:torn].split(b"\n"), 1):
             try:
-                cards += [json.loads(line)] if line else []
-                if line and (missing := [k for k in _KEYS if k not in cards[-1]]):
-                    raise ValueError(f"no {', '.join(missing)}")
-            except (ValueError, TypeError) as error:
+                cards += [_read_card(line)] if line.strip() else []
+            except (ValueError, RecursionError) as error:
                 where = f"{path.parent.name}/{path.name}, line {number}"
                 raise ValueError(f"{where} is no run card: {error}") from None
     if like is not None:
-        wanted = _protocol(like), like.get("seed")
-        cards = [c for c in cards if (_protocol(c["parameters"]), c["seed"]) == wanted]
+        wanted, key = (_protocol(like), like.get("seed")), _key(like)
+        old = key if _portable(like) == {k: v for k, v in like.items() if k != "root"} else None
+        cards = [c for c in cards if (_protocol(c["parameters"]), c["seed"]) == wanted
+                 and c.get("key", old) == key]
     return sorted(cards, key=lambda card: card["started"])
 
 # %% ../nbs/05_runs.ipynb #7aa1b392
@@ -153,16 +204,11 @@ def presets(notebook: str) -> dict:  # "10_kd" -> {preset: path of its yaml file
     return {p.name.split(".")[1]: p for p in sorted((lessons_folder() / "params").glob(f"{notebook}.*.yaml"))}
 
 # %% ../nbs/05_runs.ipynb #f90a812d
-def _known(kind, name, known):  # the name itself, or an error that offers the nearest ones
-    if name in known:
-        return name
-    near = get_close_matches(str(name), known, 3, 0.5) or known
-    raise ValueError(f"unknown {kind} {name!r}; nearest: {', '.join(near)}")
-
 def find_notebook(name: str) -> str:  # "kd" or "10_kd" -> "10_kd"
     "The full name of a lesson."
     full = {n: n for n in notebooks()} | {n.split("_", 1)[1]: n for n in notebooks()}
-    return full[_known("notebook", name, full)]
+    if name not in full: raise unknown("notebook", name, full, "all of them: kdnb list")
+    return full[name]
 
 # %% ../nbs/05_runs.ipynb #b08a76ee
 def first_cells(path: str | Path) -> list:  # of a notebook -> [parameters cell, setup cell]
@@ -193,31 +239,54 @@ def read_parameters(path: str | Path) -> dict:  # of a notebook -> {name: (type,
 # %% ../nbs/05_runs.ipynb #2456865e
 def _check(declared, values):  # unknown names, wrong types
     for name, value in values.items():
-        kind = declared[_known("parameter", name, declared)][0]
+        if name not in declared: raise unknown("parameter", name, declared, "all of them: kdnb list NAME")
+        kind = declared[name][0]
         fits = type(value) in ((float, int) if kind is float else (kind,))
         if not fits or (kind is float and not abs(value) < float("inf")):
             hint = " (write True or False)" if kind is bool else ""
             if kind is float and isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+[eE][-+]?\d+", value):
                 hint = " (YAML takes 1e-3 for text: write 1.0e-3)"
-            raise ValueError(f"{name} must be {kind.__name__}, got {value!r}{hint}")
+            raise ValueError(f"{name} must be {kind.__name__}, got {shown(value)}{hint}")
 
 # %% ../nbs/05_runs.ipynb #07f09b7b
-def _yaml(path):
+def _yaml(path):  # {name: value}; nothing but plain, small and unambiguous YAML
     import yaml
+    name, limit = Path(path).name, 64 * 1024
+    with open(path, "rb") as file: text = file.read(limit + 1)
+    if len(text) > limit: raise ValueError(f"{name} is larger than {limit // 1024} KiB")
     try:
-        values = yaml.safe_load(Path(path).read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{Path(path).name} is no YAML: {error}") from None
+        _plain_yaml(yaml, text)
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{name} is no YAML: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{Path(path).name} must hold lines like `seed: 1`, got {values!r}")
+        raise ValueError(f"{name} must hold lines like `seed: 1`, got {shown(values)}")
     return values
 
+def _plain_yaml(yaml, text):  # no aliases, no depth, no name twice, no number in base 8 or 60
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > 4: raise ValueError("it is nested more than 4 deep")
+        if isinstance(event, yaml.AliasEvent): raise ValueError("aliases are not allowed")
+        if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and re.fullmatch(
+                r"[-+]?(0[\d_]+|[\d_]+(:[0-5]?\d)+(\.\d*)?)", event.value):
+            raise ValueError(f"{shown(event.value)} is not read as a decimal number: write it as one, or quote it")
+    nodes = [yaml.compose(text, yaml.SafeLoader)]
+    for node in nodes:
+        if isinstance(node, yaml.MappingNode):
+            names = [str(key.value) for key, _ in node.value]
+            if twice := sorted({n for n in names if names.count(n) > 1}):
+                raise ValueError(f"{shown(twice[0])} is set twice")
+        if isinstance(node, yaml.CollectionNode):
+            nodes += [x for pair in node.value for x in (pair if isinstance(pair, tuple) else [pair])]
+
 def _preset(name, preset):  # what a preset sets; it is a name or the path of a yaml file
-    files = {"default": None} | presets(name)
+    files, preset = {"default": None} | presets(name), preset or "default"
     if str(preset).endswith((".yaml", ".yml")):
         return _yaml(preset)
-    file = files[_known("preset", preset or "default", files)]
-    return _yaml(file) if file else {}
+    if preset not in files: raise unknown("preset", preset, files, f"all of them: kdnb list {name}")
+    return _yaml(files[preset]) if files[preset] else {}
 
 # %% ../nbs/05_runs.ipynb #b494901e
 def plan_run(
@@ -235,15 +304,16 @@ def plan_run(
 def protocol_name(
     notebook: str, parameters: dict,  # "10_kd"; those of a run
     data: str = "",  # name of the data set; "" does not say it
-) -> tuple:  # "mnist, epochs=3", and whether this is exactly the shipped preset
-    "A protocol in words: its preset, and what differs from it."
+) -> tuple:  # "mnist, epochs=3"; whether this is exactly the shipped preset; "1a2b3c4d", for file names
+    "A protocol in words: its preset, and what differs from it; and its short hash, in which paths count in full."
     preset = parameters.get("preset", "default")
     found = read_parameters(notebooks()[notebook]) if notebook in notebooks() else {}
     defaults = {k: v[1] for k, v in found.items()}
     usual = defaults | (_preset(notebook, preset) if preset in presets(notebook) else {}) | {"preset": preset}
+    key = _key(defaults | parameters | {"preset": preset})
     usual, values = _protocol(usual), _protocol(defaults | parameters)
     changes = [f"{k}={v}" for k, v in values.items() if k not in usual or usual[k] != v]
-    return ", ".join([preset] + [f"on {data}"] * (data not in ("", preset)) + changes), not changes
+    return ", ".join([preset] + [f"on {data}"] * (data not in ("", preset)) + changes), not changes, key
 
 # %% ../nbs/05_runs.ipynb #9359db22
 def _rows(label, cards, paper):  # cards of one protocol, one per seed -> one row for each quantity
@@ -317,10 +387,11 @@ class ResultsTable:
         self.notes = ["ours: mean ± sample standard deviation over n seeds; accuracies in percent; "
                       "minutes of one run", *sources]
 
-    def _tables(self):  # as lists of lines of cells, the heads first; a grid follows the plain rows
+    def _tables(self):  # each text in one line; as lists of lines of cells, the heads first; a grid follows the plain rows
         plain = _plain([r for r in self.rows if " | " not in r["quantity"]])
         grid = _grid([r for r in self.rows if " | " in r["quantity"]])
-        return [cells for cells in (plain, grid) if len(cells) > 1] or [[["no recorded runs yet"]]]
+        found = [cells for cells in (plain, grid) if len(cells) > 1] or [[["no recorded runs yet"]]]
+        return [[[" ".join(c.split()) for c in line] for line in cells] for cells in found]
 
     def __repr__(self):
         blocks = [self.title]
@@ -333,9 +404,9 @@ class ResultsTable:
     def _repr_markdown_(self):
         blocks = []
         for cells in self._tables():
-            lines = ["| " + " | ".join(c.replace("|", r"\|") for c in line) + " |" for line in cells]
+            lines = ["| " + " | ".join(html.escape(c, False).replace("|", r"\|") for c in line) + " |" for line in cells]
             blocks.append("\n".join([lines[0], "|---" * len(cells[0]) + "|", *lines[1:]]))
-        return "\n\n".join([*blocks, "<br>".join(self.notes)])
+        return "\n\n".join([*blocks, "<br>".join(html.escape(n, False) for n in self.notes)])
 
 # %% ../nbs/05_runs.ipynb #09f9d0ed
 def results_table(
@@ -350,7 +421,7 @@ def results_table(
     cards = sorted(load_cards(notebook) if cards is None else cards, key=lambda card: card["started"])
     for mine, card in [("", c) for c in cards] + [("this run: ", this_run)] * bool(this_run):
         asked, data = card["parameters"] | {"preset": card["preset"]}, card["dataset"]
-        label, exact = protocol_name(card["notebook"], asked, data["name"])
+        label, exact, _ = protocol_name(card["notebook"], asked, data["name"])
         known = exact and card["preset"] in paper
         key = mine, not known, label, str(data.get("sha256"))
         groups.setdefault(key, {})[card["seed"]] = card

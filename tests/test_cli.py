@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from kdnb.runner import main, run_notebook, sweep
+from kdnb import __version__ as version
+from kdnb.runner import _output_name, _parser, main, run_notebook, sweep
 from kdnb.runs import (
     load_cards,
     notebooks,
+    plan_run,
+    protocol_name,
     read_parameters,
     results_table,
     run_card,
@@ -166,7 +169,15 @@ def refused(done, words):
         ("sweep toy -g stepz=1,2", "unknown parameter 'stepz'; nearest: steps"),
         ("sweep toy -g seed=1,two", "seed must be int, got 'two'"),
         ("sweep toy -g seed=", "seed must be int, got ''"),
-        ("sweep toy -g seed=1 -j 0", "jobs >= 1"),
+        ("sweep toy -g seed=1 -j 0", "jobs must be a whole number >= 1, got 0"),
+        ("sweep toy -g lr=0.1,-1", "90_toy: lr must be > 0, got -1"),
+        ("sweep toy -g seed=1,1", "the grid holds one run twice"),
+        ("sweep toy -g lr=1,1.0", "the grid holds one run twice"),
+        ("sweep toy -g seed=1 -g seed=2", "'seed' is set twice"),
+        ("sweep toy -g seed=1 -p seed 2", "'seed' is set twice"),
+        ("run toy -p lr 1 -p lr 2 -o out.ipynb", "'lr' is set twice"),
+        ("run toy -p steps 010 -o out.ipynb", "steps must be int, got '010'"),
+        ("run toy -p zzzzqqqq 1 -o out.ipynb", "unknown parameter 'zzzzqqqq'; known: preset, seed"),
         ("copy mine", "nothing was copied: 1 files are there already, such as mine/90_toy.ipynb"),
         ("copy nbs --force", "nothing was copied"),
     ],
@@ -203,6 +214,17 @@ def test_list_starts_at_once(toy):
     assert re.search(r"^ +steps +int +20 +> 0$", shown, flags=re.M), shown
     assert re.search(r"^ +data +str +'digits' +the \"#\" here is meant$", shown, flags=re.M), shown
     assert all(kdnb(*words).returncode == 0 for words in (["--help"], ["run", "--help"]))
+    assert kdnb("--version").stdout == f"kdnb {version}\n"
+
+
+def test_every_option_has_a_help_text():
+    def actions(parser):
+        for action in parser._actions:
+            if isinstance(action.choices, dict):
+                for sub in action.choices.values(): yield from actions(sub)
+            else:
+                yield action
+    assert [a.dest for a in actions(_parser()) if not a.help] == []
 
 
 def test_setup_is_checked_elsewhere(toy):
@@ -457,12 +479,157 @@ def test_save_and_load(tmp_path):
     save_card(card(1, 5.0), tmp_path)
     assert len(load_cards("90_toy", tmp_path)) == 2, "nothing is replaced"
     path.write_text(path.read_text() + '{"notebook"')
-    with pytest.raises(ValueError, match=rf"{tmp_path.name}/90_toy.jsonl, line 3 is no run card"):
+    with pytest.warns(UserWarning, match=rf"{tmp_path.name}/90_toy.jsonl: its last line is torn"):
+        assert len(load_cards("90_toy", tmp_path)) == 2
+    with pytest.warns(UserWarning, match="is now in 90_toy.torn"):
+        save_card(card(2), tmp_path)
+    assert len(load_cards("90_toy", tmp_path)) == 3 and (tmp_path / "90_toy.torn").read_text() == '{"notebook"\n'
+    path.write_text(path.read_text().rstrip())  # as an editor leaves it
+    save_card(card(3), tmp_path)
+    assert len(load_cards("90_toy", tmp_path)) == 4
+    path.write_text('{"notebook"\n' + path.read_text())
+    with pytest.raises(ValueError, match="line 1 is no run card"):
         load_cards("90_toy", tmp_path)
     path.write_text('{"notebook": "90_toy"}\n')
     with pytest.raises(ValueError, match="line 1 is no run card: no preset, seed, "):
         load_cards("90_toy", tmp_path)
     assert load_cards("90_toy", tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize("broken", [lambda: 3, lambda: OSError(28, "No space left on device")])
+def test_save_card_on_a_full_disk(tmp_path, monkeypatch, broken):
+    path = save_card(card(), tmp_path)
+    before, opened = path.read_bytes(), open
+
+    class Full:
+        def __init__(self, file): self.file = file
+        def __getattr__(self, name): return getattr(self.file, name)
+        def __enter__(self): return self
+        def __exit__(self, *_): self.file.close()
+        def write(self, line):
+            self.file.write(line[:3])
+            if isinstance(broken(), OSError): raise broken()
+            return broken()
+
+    monkeypatch.setattr("kdnb.runs.open", lambda *a, **kw: Full(opened(*a, **kw)), raising=False)
+    with pytest.raises(OSError, match="90_toy.jsonl could not be written"):
+        save_card(card(1), tmp_path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "wrong, line",
+    [
+        ({"metrics": [1]}, "metrics must be dict"),
+        ({"metrics": {"loss": "1"}}, "metric loss must be a number, got '1'"),
+        ({"metrics": {"loss": float("nan")}}, "metric loss must be a number, got nan"),
+        ({"seed": "0"}, "seed must be int, got '0'"),
+        ({"seed": True}, "seed must be int, got True"),
+        ({"seconds": None}, "seconds must be int or float"),
+        ({"started": 3}, "started must be str"),
+        ({"dataset": {"name": 3}}, "dataset name must be str"),
+        ({"commit": ["a"]}, "commit must be str or None"),
+        ({"parameters": "x" * 500}, "parameters must be dict, got 'xxx"),
+    ],
+)
+def test_cards_of_wrong_types(tmp_path, wrong, line):
+    (tmp_path / "90_toy.jsonl").write_text(json.dumps(card() | wrong) + "\n")
+    with pytest.raises(ValueError, match=f"line 1 is no run card: {re.escape(line)}") as said:
+        load_cards("90_toy", tmp_path)
+    assert len(str(said.value)) < 250
+
+
+def test_checkpoints_are_named_by_the_protocol(toy):
+    "Who runs it and where does not count; what is computed does, and paths count in full."
+    def key(**changes):
+        return protocol_name("90_toy", {"preset": "default", "seed": 0} | changes)[2]
+    assert re.fullmatch("[0-9a-f]{8}", key())
+    assert key(results="/a/b", checkpoints="/c", threads=4, device="cuda", seed=3, root="/d") == key() == key(lr=0.1)
+    others = [key(lr=0.2), key(steps=3), key(data="folder:/v1/imgs"), key(data="folder:/v2/imgs"), key()]
+    assert len({*others}) == 5 and key(lr=1) == key(lr=1.0)
+
+
+def test_lessons_name_checkpoints_by_their_protocol():
+    for path in sorted((ROOT / "nbs").glob("[12]*_*.ipynb")):
+        text = path.read_text()
+        assert f'key = protocol_name(\\"{path.stem}\\", parameters)[2]' in text, path.stem
+
+
+def test_html_stays_out_of_the_table(toy):
+    wicked = card(metrics={"<img src=x onerror=alert(1)>": 1.0, "two\nlines | accuracy": 0.5})
+    wicked["device"] = "<b>cpu</b>"
+    paper = {"default": {"source": "<script>"}}
+    table = results_table("90_toy", [wicked], paper=paper)
+    shown = table._repr_markdown_()
+    assert "&lt;img" in shown and not re.search("<(?!br>)", shown)
+    assert "two lines" in str(table) and "two\nlines" not in str(table)
+
+
+BOMB = "a: &a [1, 1]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi"))
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        (BOMB, "aliases are not allowed"),
+        ("lr: " + "[" * 3000, "nested more than 4 deep"),
+        ("".join(f"k{i}: 1\n" for i in range(300_000)), "larger than 64 KiB"),
+        ("lr: 0.1\nlr: 0.2\n", "'lr' is set twice"),
+        ("steps: 010\n", "'010' is not read as a decimal number"),
+        ("steps: 1:30\n", "'1:30' is not read as a decimal number"),
+        ("data: [" + "x, " * 9000 + "]\n", "data must be str, got ['x', 'x'"),
+        ("x" * 9000, "must hold lines like `seed: 1`, got 'xxx"),
+        ("data: \x00\n", "is no YAML"),
+        ("data: 2020-99-99\n", "is no YAML"),
+    ],
+)
+def test_hostile_yaml(toy, text, line):
+    (toy / "bad.yaml").write_text(text)
+    start = time.time()
+    with pytest.raises(ValueError, match=re.escape(line)) as said:
+        plan_run("toy", "bad.yaml")
+    assert time.time() - start < 5 and len(str(said.value)) < 300
+
+
+def test_names_of_runs(toy):
+    "Two runs never share a name; short ones say what differs, and none is long."
+    def name(**parameters):
+        return _output_name(*plan_run("toy", None, parameters)[::2])
+    assert name(seed=2, lr=0.5) == "90_toy.default.lr=0.5.seed2.ipynb"
+    texts = ["1 2", "1.2", "1,2", "folder:/v1/imgs", "folder:/v2/imgs", "x, lr=2", "x=y", "é", "x" * 300]
+    names = [name(data=text) for text in texts] + [name(data="x", lr=2.0)]
+    assert len({*names}) == len(names) and max(map(len, names)) + len(".failed") < 100
+    cards = [card(data="folder:/v1/imgs")]
+    save_card(cards[0], "mine")
+    def like(data):
+        return len(load_cards("90_toy", "mine", like=plan_run("toy", None, {"data": data})[2] | {"results": "x"}))
+    assert (like("folder:/v1/imgs"), like("folder:/v2/imgs")) == (1, 0)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGHUP, signal.SIGINT])
+def test_sweep_leaves_no_run_behind(toy, number):
+    wait = "import os, pathlib; pathlib.Path(f'asleep{seed}').write_text(str(os.getpid())); time.sleep(90)"
+    notebook(toy / "nbs/94_slow.ipynb", PARAMETERS, SETUP, wait, LAST)
+    def heard():
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): signal.signal(each, signal.SIG_DFL)
+    words = "sweep slow -g seed=1,2,3 -j 2".split()
+    child = subprocess.Popen([sys.executable, "-m", "kdnb.runner", *words], preexec_fn=heard,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.time() + 90
+    while len([p for p in (toy / "nbs").glob("asleep*") if p.read_text()]) < 2 and time.time() < end: time.sleep(0.2)
+    kernels = [int(p.read_text()) for p in (toy / "nbs").glob("asleep*")]
+    assert len(kernels) == 2
+    child.send_signal(number)
+    _, said = child.communicate(timeout=60)
+    if number != signal.SIGKILL: assert (child.returncode, said) == (130, "kdnb: stopped\n")
+    end = time.time() + 40
+    def alive(pid):
+        try: return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError: return False
+    while any(map(alive, kernels)) and time.time() < end: time.sleep(0.2)
+    assert not any(map(alive, kernels)) and len(list((toy / "nbs").glob("asleep*"))) == 2
+    assert not list(toy.rglob("*.jsonl"))
 
 
 def test_cards_like_a_run(tmp_path):
