@@ -51,7 +51,7 @@ def random_states(
         states["numpy"] = (kind, keys.tolist(), *rest)
     return states | {"generators": [g.get_state() for g in _generators(run)]}
 
-# %% ../nbs/00_checkpoint.ipynb #ae75c4ac
+# %% ../nbs/00_checkpoint.ipynb #c716e1ca
 def _generators(run):
     "Streams that the method holds, or a DataLoader or its sampler."
     if run is None: return []
@@ -59,6 +59,7 @@ def _generators(run):
     held = [v for owner in owners for v in getattr(owner, "__dict__", {}).values()]
     return list(dict.fromkeys(v for v in held if isinstance(v, torch.Generator)))
 
+# %% ../nbs/00_checkpoint.ipynb #8782a809
 def samplers(run) -> list:
     "The samplers of a DataLoader; none for other batches."
     found = [getattr(run.batches, name, None) for name in ("sampler", "batch_sampler")]
@@ -117,7 +118,7 @@ def _inside(value) -> dict:
     if not hasattr(value, "load_state_dict") and not callable(value): return {}
     return kind | {k: v for k, v in getattr(value, "__dict__", {}).items() if k != "optimizer"}
 
-# %% ../nbs/00_checkpoint.ipynb #7cbafc78
+# %% ../nbs/00_checkpoint.ipynb #6bab692e
 def _network(module, name) -> dict:
     state, weights = module.state_dict(), list(module.parameters())
     frozen = [p for p in weights if not p.requires_grad]
@@ -126,6 +127,7 @@ def _network(module, name) -> dict:
     size = f"{type(module).__name__} with {sum(p.numel() for p in weights)} weights"
     return {name: size, f"{name}'s layers": digest(layers), f"{name}'s frozen weights": digest(*frozen)}
 
+# %% ../nbs/00_checkpoint.ipynb #d861140d
 def digest(*values) -> str:
     "16 hex digits that stand for tensors (type, shape, bytes) or anything with a text."
     found = hashlib.sha256()
@@ -135,13 +137,14 @@ def digest(*values) -> str:
         if tensor: found.update(v.detach().cpu().flatten().view(torch.uint8).numpy())
     return found.hexdigest()[:16]
 
-# %% ../nbs/00_checkpoint.ipynb #a741ef9c
+# %% ../nbs/00_checkpoint.ipynb #4d293c1d
 def _identity(run) -> dict:
     return {
         "method": type(run.method).__name__, **settings(vars(run.method)), "seed": run.seed,
         "precision": run.precision, "steps an epoch": run.epoch_steps, "number of processes": world(),
     }
 
+# %% ../nbs/00_checkpoint.ipynb #83d2d59c
 def _data_identity(run) -> dict:
     batches = run.batches
     if hasattr(batches, "epoch"): kept = vars(batches).keys() - {"pixels", "next_epoch"}
@@ -150,6 +153,7 @@ def _data_identity(run) -> dict:
     images = run.validate if hasattr(run.validate, "classes") else None
     return {"select": run.select, **settings(batches, "batches"), **settings(images, "validate")}
 
+# %% ../nbs/00_checkpoint.ipynb #e87fdb11
 def _forward(schedule, rates, epoch):
     "Another schedule than the checkpoint's goes the whole way by itself, from its own start."
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True): group["lr"] = rate
@@ -161,7 +165,7 @@ def _kept(value, plain):  # what a checkpoint can hold of an attribute: a tensor
     if isinstance(value, Tensor): return value
     return plain if isinstance(value, int | float | str | list) and plain == value else None
 
-# %% ../nbs/00_checkpoint.ipynb #0c484895
+# %% ../nbs/00_checkpoint.ipynb #6fe544bd
 def _restore(run, saved, changed) -> None:
     parts = stateful(run.method)
     rates = {k: [g["lr"] for g in parts[k].optimizer.param_groups] for k in changed}
@@ -183,6 +187,7 @@ def _restore(run, saved, changed) -> None:
     run.epoch_random = states["epoch"]
     restore_random(run, states)
 
+# %% ../nbs/00_checkpoint.ipynb #5ce94efc
 def _trained(run) -> list[Tensor]:
     optimizers = (o for o in stateful(run.method).values() if isinstance(o, Optimizer))
     return [p for o in optimizers for group in o.param_groups for p in group["params"]]

@@ -81,6 +81,7 @@ def predict(
     finally:
         for module, training in found: module.training = training
 
+# %% ../nbs/03_training.ipynb #53a5a257
 def _home(model, device=None):  # where a model lives, and the type of its numbers
     tensors = (t for ts in (model.parameters(), model.buffers()) for t in ts if t.is_floating_point())
     found = next(tensors, torch.empty(0, device=device))
@@ -395,11 +396,12 @@ def _place(run, batch):
     run.images += len(x) * world()
     return x_there, y_there
 
-# %% ../nbs/03_training.ipynb #5975af4f
+# %% ../nbs/03_training.ipynb #bf327df5
 def _check_single(run):
     if any(isinstance(m, _BatchNorm) and m.training for m in run.method.student.modules()):
         raise ValueError("a batch of one image cannot train a BatchNorm; use drop_last=True")
 
+# %% ../nbs/03_training.ipynb #2e4b6e7e
 @torch.no_grad()
 def _classes(run, x) -> int:  # K, from a look at two images that leaves no trace; 0: the student does not say
     student, states = run.method.student, random_states(run)
@@ -546,11 +548,13 @@ def _finish_epoch(run, epoch, whole) -> dict[str, float]:
     if whole: done |= {"epoch": epoch + 1, "batch": 0}
     return row
 
+# %% ../nbs/03_training.ipynb #81852c0c
 def _check_select(run) -> None:  # before a whole epoch is spent; a function's metrics are known only after it
     known = ["val_accuracy", "lr", "epoch", "step", "seconds", "samples_per_s", *run.losses.names]
     if run.select not in known and (run.validate is None or isinstance(run.validate, Images)):
         raise unknown("metric", run.select, known)
 
+# %% ../nbs/03_training.ipynb #b8b6cf1e
 def _metrics(found) -> dict[str, float]:
     if isinstance(found, dict):
         found = {k: v.item() if hasattr(v, "item") else v for k, v in found.items()}
