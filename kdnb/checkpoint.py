@@ -137,10 +137,11 @@ def digest(*values) -> str:
         if tensor: found.update(v.detach().cpu().flatten().view(torch.uint8).numpy())
     return found.hexdigest()[:16]
 
-# %% ../nbs/00_checkpoint.ipynb #4d293c1d
+# %% ../nbs/00_checkpoint.ipynb #1ee24cca
 def _identity(run) -> dict:
     return {
-        "method": type(run.method).__name__, **settings(vars(run.method)), "seed": run.seed,
+        "method": type(run.method).__name__, "seed": run.seed,
+        **settings({k: v for k, v in vars(run.method).items() if k != "step"}),     # a wrapped step may count
         "precision": run.precision, "steps an epoch": run.epoch_steps, "number of processes": world(),
     }
 
