@@ -386,7 +386,7 @@ def _place(run, batch):
         raise ValueError(f"images must be floats in [0, 1], got {x.dtype}")
     dtype = run.dtype if x.is_floating_point() else x.dtype
     x_there, y_there = x.to(run.device, dtype, non_blocking=True), y.to(run.device, non_blocking=True)
-    if picture: run.losses.pixels.append(torch.stack(x_there.detach().aminmax()))
+    if picture: run.losses.pixels.append(torch.stack((x_there.amin(), x_there.amax())))
     if first:
         _check_pixels(run.losses, run.done["step"] + 1)
         run.classes = _classes(run, x_there[:2])
