@@ -8,6 +8,7 @@ __all__ = ['seed_everything', 'pick_device', 'predict', 'accuracy', 'sgd', 'trai
 
 # %% ../nbs/03_training.ipynb #8f1ae4bf
 import atexit
+import math
 import os
 import random
 import sys
@@ -22,16 +23,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
 
-from .checks import check_apart, check_choice, check_logits, check_numbers, full, logits_of
-from .data import Images
+from .checkpoint import Checkpoint, random_states, restore_random, samplers, stateful, world
+from kdnb.checks import (
+    check_apart,
+    check_choice,
+    check_labels,
+    check_logits,
+    check_numbers,
+    describe,
+    full,
+    logits_of,
+    shown,
+    unknown,
+)
+from .data import Batches, Images
 
 # %% ../nbs/03_training.ipynb #7b04cabe
 def seed_everything(seed: int) -> None:
     "Seed the global streams of Python, NumPy and PyTorch (for dropout; the order of data has its own)."
     random.seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed % 2**32)
+    if "numpy" in sys.modules: sys.modules["numpy"].random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 # %% ../nbs/03_training.ipynb #86191ccd
@@ -40,8 +54,7 @@ def pick_device(
 ) -> torch.device:  # under torchrun, this process's own GPU
     "The device to run on; asking for CUDA where there is none is an error, not a fallback."
     if name == "auto": name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
+    try: device = torch.device(name)
     except RuntimeError: raise ValueError(f"device must be auto, cpu or cuda, got {name!r}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} asked for, but there is no CUDA device here; use device='cpu'")
@@ -52,19 +65,27 @@ def pick_device(
 # %% ../nbs/03_training.ipynb #8328b25d
 @torch.no_grad()
 def predict(
-    model: nn.Module,           # called in evaluation mode, in float32; left exactly as found
+    model: nn.Module,           # called in evaluation mode, in its own precision; left exactly as found
     images: Images,             # on any device
     batch_size: int = 1000,
-) -> Tensor:                    # (N, K) logits, on the model's device
-    "Logits for all images."
+) -> Tensor:                    # (N, K) logits, at least float32, on the model's device
+    "Logits for all images; a model that returns anything else is a ValueError."
+    check_numbers("whole >= 1", batch_size=batch_size, number_of_images=len(images))
     found = [(m, m.training) for m in model.modules()]
-    device = next(model.parameters()).device
+    home = _home(model, images.x.device)
     try:
         model.eval()
         pieces = [slice(i, i + batch_size) for i in range(0, len(images), batch_size)]
-        return torch.cat([model(images.floats(piece).to(device)) for piece in pieces])
+        batches = (images.floats(piece).to(*home) for piece in pieces)
+        return torch.cat([full(logits_of(model(x), len(x))) for x in batches])
     finally:
         for module, training in found: module.training = training
+
+# %% ../nbs/03_training.ipynb #53a5a257
+def _home(model, device=None):  # where a model lives, and the type of its numbers
+    tensors = (t for ts in (model.parameters(), model.buffers()) for t in ts if t.is_floating_point())
+    found = next(tensors, torch.empty(0, device=device))
+    return found.device, found.dtype
 
 # %% ../nbs/03_training.ipynb #9fce476e
 def accuracy(
@@ -111,12 +132,16 @@ def freeze(
     return teacher.eval().requires_grad_(False)
 
 def update(
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     loss: Tensor,             # scalar
+    clip: float = math.inf,   # longest gradient, of all its weights together and of the whole run
 ) -> None:
     "One step down a loss; gradients from before do not enter, and none is left."
     optimizer.zero_grad()
     loss.backward()
+    if clip < math.inf:
+        if world() > 1: _average_gradients(optimizer)      # clipped after averaging
+        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -180,7 +205,7 @@ class History:
 
     def add(self, row: dict[str, float], student: nn.Module, select: str) -> None:
         "Append a row; keep a copy of the weights if `row[select]` is the highest so far."
-        if select in row and row[select] > max(self[select], default=-float("inf")):
+        if select in row and row[select] > max((v for v in self[select] if v == v), default=-math.inf):
             self.best_epoch = row["epoch"]
             self.best_state = {k: v.detach().clone() for k, v in student.state_dict().items()}
         self.rows.append(row)
@@ -200,23 +225,34 @@ class _Losses:
     "Named losses of an epoch; read from the device `flush` by `flush`."
 
     def __init__(self):
-        self.pending, self.sums, self.count = [], {}, 0
+        self.pending, self.pixels, self.names, self.sums, self.count = [], [], None, {}, 0
+
+    def add(self, found: dict[str, Tensor]) -> None:
+        "Take what a step returned; ValueError unless it is named scalar tensors, the same at every step."
+        named = isinstance(found, dict) and found
+        if not named or not all(isinstance(v, Tensor) and v.ndim == 0 for v in found.values()):
+            got = {k: describe(v) for k, v in found.items()} if named else describe(found)
+            raise ValueError(f"step must return a dict of scalar tensors, got {shown(got)}")
+        self.names = self.names or found.keys()
+        if found.keys() != self.names:
+            raise ValueError(f"step must return the same names each time, {[*self.names]}, got {[*found]}")
+        self.pending.append({k: v.detach() if v.requires_grad else v for k, v in found.items()})
 
     def flush(self, step: int) -> None:
         "Add what is pending to the sums; `step` = steps done so far. Raises on the first non-finite loss."
+        _check_pixels(self, step)
         if not self.pending: return
         names = list(self.pending[0])
         table = torch.stack([torch.stack([p[n] for n in names]) for p in self.pending]).double()
-        if _world() > 1:
+        if world() > 1:
             dist.all_reduce(table)
-            table /= _world()
+            table /= world()
         table, first, self.pending = table.cpu(), step - len(self.pending) + 1, []
         if len(bad := (~table.isfinite()).nonzero()):
             row, column = bad[0].tolist()
             raise FloatingPointError(
                 f"{names[column]} became {table[row, column]:g} at step {first + row}; "
-                "lower the learning rate; the last checkpoint, if any, is from before that step"
-            )
+                "lower the learning rate; the last checkpoint, if any, is from before that step")
         for name, value in zip(names, table.sum(0).tolist(), strict=True):
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.count += len(table)
@@ -227,19 +263,24 @@ class _Losses:
         self.sums, self.count = {}, 0
         return means
 
-# %% ../nbs/03_training.ipynb #7f127e32
-def _world() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+# %% ../nbs/03_training.ipynb #fdb93a71
+def _check_pixels(losses, step) -> None:
+    "ValueError for the first batch with a pixel outside [0, 1], up to 1e-6, or NaN."
+    if not losses.pixels: return
+    pairs, losses.pixels = torch.stack(losses.pixels).tolist(), []
+    for k, (low, high) in enumerate(pairs):
+        if not (low >= -1e-6 and high <= 1 + 1e-6):
+            where = f"at step {step - len(pairs) + 1 + k}"
+            raise ValueError(f"images must be floats in [0, 1], got [{low:.3g}, {high:.3g}] {where}")
 
 # %% ../nbs/03_training.ipynb #37448526
 class _Progress:
     def __init__(self, mode: str, total: int, done: int, epochs: int):
-        if mode not in ("auto", "bar", "notebook", "lines", "off"):
-            raise ValueError(f"progress must be auto, bar, notebook, lines or off, got {mode!r}")
+        check_choice(("auto", "bar", "notebook", "lines", "off"), progress=mode)
         shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
         if mode == "auto":
             mode = "notebook" if hasattr(shell, "kernel") else "bar" if sys.stderr.isatty() else "lines"
-        self.mode = "off" if _world() > 1 and dist.get_rank() else mode
+        self.mode = "off" if world() > 1 and dist.get_rank() else mode
         self.epochs, self.total, self.done, self.text = epochs, total, done, ""
         self.start = self.last = time.monotonic()
         if self.mode == "bar":
@@ -272,103 +313,6 @@ class _Progress:
         if self.mode == "bar": self.bar.close()
         if self.mode == "notebook": self.handle.update({"text/plain": self.text}, raw=True)
 
-# %% ../nbs/03_training.ipynb #0defe546
-def _stateful(method) -> dict[str, object]:
-    "Everything with a state that a method holds: as an attribute, or in a list or dict that is one."
-    found = {}
-    for name, value in vars(method).items():
-        several = isinstance(value, list | tuple | dict)
-        inside = value.items() if isinstance(value, dict) else enumerate(value) if several else ()
-        found |= {f"{name}.{k}": v for k, v in inside} if several else {name: value}
-    return {k: v for k, v in found.items() if hasattr(v, "load_state_dict")}
-
-# %% ../nbs/03_training.ipynb #43881e5f
-def _random_states() -> dict:
-    states = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state_all()
-    if "numpy" in sys.modules:
-        kind, keys, *rest = sys.modules["numpy"].random.get_state()
-        states["numpy"] = (kind, keys.tolist(), *rest)
-    return states
-
-# %% ../nbs/03_training.ipynb #30e1f861
-def _restore_random(states: dict) -> None:
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    torch.set_rng_state(states["torch"])
-    if "cuda" in states and torch.cuda.is_available(): torch.cuda.set_rng_state_all(states["cuda"])
-    if "numpy" in states and "numpy" in sys.modules:
-        sys.modules["numpy"].random.set_state(states["numpy"])
-
-# %% ../nbs/03_training.ipynb #1f3386e7
-class _Checkpoint:
-    def __init__(self, run):
-        self.run, self.path = run, Path(run.checkpoint) if run.checkpoint else None
-        self.identity = _identity(run)
-
-    def save(self) -> None:
-        if not self.path: return
-        if not all(p.isfinite().all() for p in self.run.method.student.parameters()):
-            raise FloatingPointError(f"weights are not finite at step {self.run.done['step']}; lower the "
-                                     "learning rate; the last checkpoint is from before that step")
-        states = [_random_states()]
-        if _world() > 1: dist.all_gather_object(states := [None] * _world(), _random_states())
-        if _world() > 1 and dist.get_rank(): return
-        run = self.run
-        content = {
-            "identity": self.identity, "done": run.done, "random": states, "history": vars(run.history),
-            "parts": {k: v.state_dict() for k, v in _stateful(run.method).items()},
-            "losses": (run.losses.sums, run.losses.count),
-        }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part_file = self.path.with_name(f"{self.path.name}.part")
-        torch.save(content, part_file)
-        os.replace(part_file, self.path)
-
-    def load(self) -> None:
-        if not self.path or not self.path.exists(): return
-        run, saved = self.run, _read_checkpoint(self.path)
-        for key, mine in self.identity.items():
-            if (theirs := saved["identity"].get(key)) != mine:
-                raise ValueError(f"{self.path.name} belongs to another run: its {key} is {theirs}, "
-                                 f"not {mine}; delete it or use another path")
-        for key, part in _stateful(run.method).items(): part.load_state_dict(saved["parts"][key])
-        vars(run.history).update(saved["history"])
-        run.losses.sums, run.losses.count = saved["losses"]
-        run.done.update(saved["done"])
-        run.history.earlier_seconds = run.done["seconds"]
-        _restore_random(saved["random"][dist.get_rank() if _world() > 1 else 0])
-
-# %% ../nbs/03_training.ipynb #9a962694
-def _identity(run) -> dict:
-    "What must agree between a checkpoint and the run that resumes from it."
-    method, shapes = run.method, [list(p.shape) for p in run.method.student.parameters()]
-    optimizers = {k: v for k, v in _stateful(method).items() if isinstance(v, torch.optim.Optimizer)}
-    return {
-        "method": type(method).__name__, **_numbers([vars(method)])[0], "student": shapes,
-        **{name: _numbers(o.param_groups) for name, o in optimizers.items()},
-        "batches": _numbers([vars(run.batches)]) if hasattr(run.batches, "epoch") else None,
-        "seed": run.seed, "precision": run.precision, "steps an epoch": run.epoch_steps,
-        "number of processes": _world(),
-    }
-
-# %% ../nbs/03_training.ipynb #bdfce66d
-def _numbers(dicts) -> list[dict]:
-    "The plain values in some dicts, as they were at the start: learning rates, batch size, seed, ..."
-    def fixed(k, d): return k != "next_epoch" and not (k == "lr" and "initial_lr" in d)
-    return [{k: v for k, v in d.items() if isinstance(v, int | float | str) and fixed(k, d)} for d in dicts]
-
-# %% ../nbs/03_training.ipynb #bd2c7e0d
-def _read_checkpoint(path: Path) -> dict:
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        saved["identity"]
-        return saved
-    except Exception:
-        raise ValueError(f"{path.name} is not a complete checkpoint (truncated or of another kind); "
-                         "delete it to start anew") from None
-
 # %% ../nbs/03_training.ipynb #547fd2ab
 def _join_processes(device: torch.device) -> None:
     "Join the other processes if torchrun started several."
@@ -383,21 +327,21 @@ def _average_gradients(optimizer, args, kwargs) -> None:
     if not grads: return
     flat = torch.cat([g.flatten() for g in grads])  # one message instead of one a tensor
     dist.all_reduce(flat)
-    flat /= _world()
+    flat /= world()
     for g, piece in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
         g.copy_(piece.view_as(g))
 
 # %% ../nbs/03_training.ipynb #c007021e
 def _same_everywhere(modules: Iterable[nn.Module]) -> None:
     "Every process takes the weights and buffers of the first."
-    if _world() > 1:
+    if world() > 1:
         for module in modules:
             for tensor in module.state_dict().values(): dist.broadcast(tensor, 0)
 
 # %% ../nbs/03_training.ipynb #de4b3bc9
 def _prepare(run, undo: ExitStack) -> list[nn.Module]:
     "Place the networks, hook the optimisers; what is registered with `undo` is taken back at the end."
-    parts = _stateful(run.method).values()
+    parts = stateful(run.method).values()
     modules = [m for m in parts if isinstance(m, nn.Module)]
     if run.compile:     # a donated buffer forbids a second backward pass through its graph
         undo.enter_context(torch._functorch.config.patch(donated_buffer=False))
@@ -408,8 +352,8 @@ def _prepare(run, undo: ExitStack) -> list[nn.Module]:
         if run.compile:
             module.compile()
             undo.callback(setattr, module, "_compiled_call_impl", None)
-    for optimizer in (o for o in parts if isinstance(o, torch.optim.Optimizer)):
-        if _world() > 1: undo.callback(optimizer.register_step_pre_hook(_average_gradients).remove)
+    for optimizer in (o for o in parts if isinstance(o, Optimizer)):
+        if world() > 1: undo.callback(optimizer.register_step_pre_hook(_average_gradients).remove)
         if run.precision == "bf16":
             undo.callback(optimizer.register_step_post_hook(lambda *_: torch.clear_autocast_cache()).remove)
     return modules
@@ -420,15 +364,53 @@ def _source(run, epoch):
     start = run.done["batch"]
     if run.batches is None: return ((None, None) for _ in range(start, run.epoch_steps))
     if hasattr(run.batches, "epoch"): return run.batches.epoch(epoch, start)
-    return islice(iter(run.batches), start, None)
+    for sampler in samplers(run):
+        if hasattr(sampler, "set_epoch"): sampler.set_epoch(epoch)
+    if start: restore_random(run, run.epoch_random)
+    else: run.epoch_random = random_states(run)
+    source = iter(run.batches)
+    for _ in islice(source, start): pass
+    return source
 
 # %% ../nbs/03_training.ipynb #2f12fb52
-def _check_batch(x: Tensor, y: Tensor) -> None:
+def _place(run, batch):
+    "A batch on the device; batches of others are checked, their pixels without waiting for the device."
+    pair = isinstance(batch, list | tuple) and len(batch) == 2
+    if not pair or not all(isinstance(v, Tensor) for v in batch):
+        raise ValueError(f"a batch must be two tensors (x, y), got {describe(batch)}")
+    (x, y), first, own = batch, run.classes is None, isinstance(run.batches, Batches)
+    if len(x) == 1: _check_single(run)
     if len(x) != len(y): raise ValueError(f"{len(x)} images but {len(y)} labels in a batch")
-    if not bool(torch.isfinite(x).all()): raise ValueError("the first batch holds NaN or infinite values")
-    if x.ndim == 4 and (x.min() < 0 or x.max() > 1):
-        raise ValueError(f"images must be floats in [0, 1], got [{x.min():.3g}, {x.max():.3g}]")
-    if y.min() < 0: raise ValueError(f"labels must be >= 0, got {y.min()}")
+    picture = x.ndim == 4 and not own
+    if picture and not x.is_floating_point():
+        raise ValueError(f"images must be floats in [0, 1], got {x.dtype}")
+    dtype = run.dtype if x.is_floating_point() else x.dtype
+    x_there, y_there = x.to(run.device, dtype, non_blocking=True), y.to(run.device, non_blocking=True)
+    if picture: run.losses.pixels.append(torch.stack((x_there.amin(), x_there.amax())))
+    if first:
+        _check_pixels(run.losses, run.done["step"] + 1)
+        run.classes = _classes(run, x_there[:2])
+    counted = y.ndim == 1 and not y.is_floating_point() and run.classes
+    if counted and (first or (not own and y.device.type == "cpu")):
+        check_labels(run.batches.images.y if own else y, run.classes)
+    run.images += len(x) * world()
+    return x_there, y_there
+
+# %% ../nbs/03_training.ipynb #bf327df5
+def _check_single(run):
+    if any(isinstance(m, _BatchNorm) and m.training for m in run.method.student.modules()):
+        raise ValueError("a batch of one image cannot train a BatchNorm; use drop_last=True")
+
+# %% ../nbs/03_training.ipynb #2e4b6e7e
+@torch.no_grad()
+def _classes(run, x) -> int:  # K, from a look at two images that leaves no trace; 0: the student does not say
+    student, states = run.method.student, random_states(run)
+    found = [(m, m.training) for m in student.modules()]
+    try: return logits_of(student.eval().forward(x), len(x)).shape[1]   # `forward` compiles nothing
+    except Exception: return 0
+    finally:
+        for module, training in found: module.training = training
+        restore_random(run, states)
 
 # %% ../nbs/03_training.ipynb #10f82cd0
 def fit(
@@ -441,7 +423,7 @@ def fit(
     validate: Images | Callable[[], dict] | None = None,  # for "val_accuracy"; or own metrics
     select: str = "val_accuracy",        # the metric whose highest value decides the best epoch
     device: torch.device | str | None = None,  # None: where the networks are
-    seed: int = 0,                       # of the global streams, set at the start
+    seed: int = 0,                       # of the global streams, set at the start; put back at the end
     precision: str = "fp32",             # "fp32", or "bf16" autocast (validation stays fp32)
     compile: bool = False,               # torch.compile the networks
     checkpoint: str | Path | None = None,  # resume from this file if it exists; saved after every epoch
@@ -450,86 +432,134 @@ def fit(
     trackers: Iterable[Callable[[dict], object]] = (),  # each is called with every row
     progress: str = "auto",              # "auto", "bar", "notebook", "lines", "off"
 ) -> History:
-    "Train a method; resumes where `checkpoint` left off, to the same bits."
+    """Train a method; resumes where `checkpoint` left off, to the same bits.
+
+    ValueError in one line for what cannot train, and for a checkpoint that is damaged, of another run or
+    further than asked. An epoch that `steps` or `max_steps` cuts short has its row, validation and tracker
+    call, but no `end_epoch`. An error that stops the run, Ctrl-C too, carries the rows so far as
+    `error.history`. A `DataLoader` resumed in mid-epoch draws its order again from the states, at the epoch's
+    start, of the global streams and its `generator`; streams that a data set hides are not known."""
     run = SimpleNamespace(**locals())
-    _plan(run)
     with ExitStack() as undo:
+        undo.callback(restore_random, None, random_states(None))
+        _plan(run)
         modules = _prepare(run, undo)
-        keeper = _Checkpoint(run)
+        keeper = Checkpoint(run)
         keeper.load()
         _same_everywhere(modules)
-        bar = _Progress(progress, run.epochs * run.epoch_steps, run.done["step"], run.epochs)
+        bar = _Progress(progress, min(run.epochs * run.epoch_steps, run.stop), run.done["step"], run.epochs)
         undo.callback(bar.close)
-        for epoch in range(run.done["epoch"], run.epochs):
-            if not _train_epoch(run, epoch, keeper, bar): break
-            _same_everywhere(modules)
-            row = _finish_epoch(run, epoch)
-            keeper.save()
-            bar.epoch(row)
-            for tracker in trackers: tracker(row)
-            if run.done["step"] >= run.stop: break
+        try: _train(run, modules, keeper, bar)
+        except BaseException as error:
+            error.history = run.history
+            raise
     return run.history
+
+# %% ../nbs/03_training.ipynb #5084423d
+def _train(run, modules, keeper, bar) -> None:
+    for epoch in range(run.done["epoch"], run.epochs):
+        if run.done["step"] >= run.stop and not run.done["batch"]: return
+        whole = _train_epoch(run, epoch, keeper, bar)
+        _same_everywhere(modules)
+        row = _finish_epoch(run, epoch, whole)
+        if whole: keeper.save()
+        bar.epoch(row)
+        for tracker in run.trackers: tracker(row)
+        if not whole: return
 
 # %% ../nbs/03_training.ipynb #6e4a9732
 def _plan(run) -> None:
-    if run.precision not in ("fp32", "bf16"):
-        raise ValueError(f"precision must be fp32 or bf16, got {run.precision!r}")
-    if run.batches is None and (run.epochs or not run.steps or run.steps < 1):
-        raise ValueError(f"without batches pass steps >= 1, and no epochs; got {run.steps} and {run.epochs}")
-    if run.batches is not None and (run.steps or run.epochs is None or run.epochs < 0):
-        raise ValueError(f"with batches pass epochs >= 0, and no steps; got {run.epochs} and {run.steps}")
-    if run.batches is None: run.epochs = -(-run.steps // run.epoch_steps)
-    else: run.epoch_steps = len(run.batches)
-    run.stop = min(filter(None, (run.steps, run.max_steps)), default=float("inf"))
-    run.device = pick_device(str(run.device)) if run.device else next(run.method.student.parameters()).device
+    check_choice(("fp32", "bf16"), precision=run.precision)
+    check_numbers("whole", seed=run.seed), check_numbers("whole >= 1", epoch_steps=run.epoch_steps)
+    check_numbers("whole >= 0", max_steps=run.max_steps, checkpoint_steps=run.checkpoint_steps)
+    if run.batches is None and run.epochs: raise ValueError("without batches pass steps, not epochs")
+    if run.batches is not None and run.steps: raise ValueError("with batches pass epochs, not steps")
+    if run.batches is None: check_numbers("whole >= 1", steps=run.steps)
+    else: check_numbers("whole >= 0", epochs=run.epochs)
+    run.seed, run.trackers, (home, run.dtype) = int(run.seed), list(run.trackers), _home(run.method.student)
+    if run.dtype.itemsize < 4:
+        raise ValueError(f"the student's weights are {run.dtype}; train student.float()")
+    run.device = pick_device(str(run.device)) if run.device else home
     _join_processes(run.device)
-    seed_everything(run.seed + 1000003 * (dist.get_rank() if _world() > 1 else 0))
-    run.history, run.losses = History(), _Losses()
+    if run.batches is None: run.epochs = -(-run.steps // run.epoch_steps)
+    else: run.epoch_steps = _count_batches(run)
+    run.stop = min(filter(None, (run.steps, run.max_steps)), default=float("inf"))
+    seed_everything(run.seed + 1000003 * (dist.get_rank() if world() > 1 else 0))
+    run.history, run.losses, run.classes, run.epoch_random = History(), _Losses(), None, None
     run.done = {"epoch": 0, "batch": 0, "step": 0, "seconds": 0.0}
+
+# %% ../nbs/03_training.ipynb #4fd480fd
+def _count_batches(run) -> int:
+    batches = run.batches
+    try: count = len(batches)
+    except TypeError: raise ValueError("batches must have a length, as a list or a DataLoader") from None
+    if count < 1: raise ValueError("there are no batches; fewer images than batch_size, with drop_last=True?")
+    if hasattr(batches, "__next__") and run.epochs > 1:
+        raise ValueError(f"batches can be read only once, not for {run.epochs} epochs; pass a list of them")
+    if run.checkpoint and getattr(batches, "persistent_workers", False):
+        raise ValueError("persistent_workers have random states that no checkpoint holds; set it to False")
+    shares = [hasattr(s, "num_replicas") for s in samplers(run)]
+    if world() > 1 and shares and not any(shares):
+        raise ValueError("every process would see the same images: give the DataLoader a DistributedSampler")
+    last = isinstance(batches, Batches) and not batches.drop_last and len(batches.images) % batches.batch_size
+    if last and last == world(): _check_single(run)
+    return count
 
 # %% ../nbs/03_training.ipynb #1ee89f32
 def _train_epoch(run, epoch, keeper, bar) -> bool:
-    "Returns whether the epoch was finished; it is not when a trial run ends in the middle."
-    done, begin, before = run.done, time.monotonic(), run.done["seconds"]
-    run.images = 0
+    "Returns whether the epoch was finished; it is not when `steps` or `max_steps` end in the middle."
+    done, begin, before, now = run.done, time.monotonic(), run.done["seconds"], random_states(run)
+    run.images, whole = 0, done["step"] < run.stop
     if hasattr(run.method, "start_epoch"): run.method.start_epoch(epoch)
-    for x, y in _source(run, epoch):
-        if x is not None: x, y = _place(run, x, y)
+    source = _source(run, epoch) if whole else ()
+    if done["batch"]: restore_random(run, now)
+    for batch in source:
+        x, y = batch if run.batches is None else _place(run, batch)
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
-            run.losses.pending.append(run.method.step(x, y))
+            run.losses.add(run.method.step(x, y))
+        if done["step"] == 0: _check_select(run)
         done["batch"] += 1
         done["step"] += 1
         done["seconds"] = before + time.monotonic() - begin
         bar.step()
-        stopping = done["step"] >= run.stop and done["batch"] < run.epoch_steps
-        saving = stopping or (run.checkpoint_steps and done["step"] % run.checkpoint_steps == 0)
+        whole = done["step"] < run.stop or done["batch"] >= run.epoch_steps
+        saving = not whole or (run.checkpoint_steps and done["step"] % run.checkpoint_steps == 0)
         if saving or done["step"] % 50 == 0: run.losses.flush(done["step"])
         if saving: keeper.save()
-        if stopping: return False
+        if not whole: break
+    if not done["batch"]: raise ValueError(f"epoch {epoch + 1} has no batches; can they be read only once?")
     run.losses.flush(done["step"])
     done["seconds"] = before + time.monotonic() - begin
     run.speed = run.images / max(done["seconds"] - before, 1e-9)
-    return True
-
-# %% ../nbs/03_training.ipynb #d00304ed
-def _place(run, x, y):
-    if run.done["step"] == 0 and not hasattr(run.batches, "epoch"): _check_batch(x, y)
-    run.images += len(x) * _world()
-    return x.to(run.device, non_blocking=True), y.to(run.device, non_blocking=True)
+    return whole
 
 # %% ../nbs/03_training.ipynb #bcd30739
-def _finish_epoch(run, epoch) -> dict[str, float]:
+def _finish_epoch(run, epoch, whole) -> dict[str, float]:
     method, done = run.method, run.done
-    optimizers = [o for o in _stateful(method).values() if isinstance(o, torch.optim.Optimizer)]
+    optimizers = [o for o in stateful(method).values() if isinstance(o, Optimizer)]
     rate = {"lr": optimizers[0].param_groups[0]["lr"]} if optimizers else {}
-    if hasattr(method, "end_epoch"): method.end_epoch(epoch)
+    if whole and hasattr(method, "end_epoch"): method.end_epoch(epoch)
     row = {"epoch": epoch + 1, "step": done["step"], **run.losses.close(), **rate, "seconds": done["seconds"]}
     if run.images: row["samples_per_s"] = run.speed
     if isinstance(run.validate, Images): row["val_accuracy"] = accuracy(method.student, run.validate)
-    elif run.validate: row |= run.validate()
+    elif run.validate is not None: row |= _metrics(run.validate())
+    if run.select != "val_accuracy" and run.select not in row: raise unknown("metric", run.select, row)
     run.history.add(row, method.student, run.select)
-    done |= {"epoch": epoch + 1, "batch": 0}
+    if whole: done |= {"epoch": epoch + 1, "batch": 0}
     return row
+
+# %% ../nbs/03_training.ipynb #81852c0c
+def _check_select(run) -> None:  # before a whole epoch is spent; a function's metrics are known only after it
+    known = ["val_accuracy", "lr", "epoch", "step", "seconds", "samples_per_s", *run.losses.names]
+    if run.select not in known and (run.validate is None or isinstance(run.validate, Images)):
+        raise unknown("metric", run.select, known)
+
+# %% ../nbs/03_training.ipynb #b8b6cf1e
+def _metrics(found) -> dict[str, float]:
+    if isinstance(found, dict):
+        found = {k: v.item() if hasattr(v, "item") else v for k, v in found.items()}
+        if all(isinstance(v, int | float) for v in found.values()): return found
+    raise ValueError(f"validate must return a dict of numbers, got {shown(found)}")
 
 # %% ../nbs/03_training.ipynb #31d6216a
 class TensorBoard:

@@ -159,7 +159,8 @@ def test_name_is_number_and_name(name):
 
 
 def test_numbers_and_modules_are_unique():
-    numbers = [number(n) for n in NOTEBOOKS if n != "00_checks"]  # the ground, below 00_data
+    ground = ("00_checks", "00_checkpoint")  # below 00_data
+    numbers = [number(n) for n in NOTEBOOKS if n not in ground]
     assert len(set(numbers)) == len(numbers), f"a number twice: {list(NOTEBOOKS)}"
     exported = [m for m in map(module_of, NOTEBOOKS) if m]
     assert len(set(exported)) == len(exported), f"two notebooks export one module: {sorted(exported)}"

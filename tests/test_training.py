@@ -1,21 +1,31 @@
 "Kill and resume, two processes against one, compiled and tracked training: what a notebook cell cannot show."
 
+import errno
+import hashlib
+import io
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
-from kdnb.data import Batches, load_data
+from kdnb import training
+from kdnb.attacks import pgd
+from kdnb.data import Batches, Images, load_data
 from kdnb.kd import KD
 from kdnb.models import create_model
-from kdnb.training import Supervised, TensorBoard, fit
+from kdnb.robust import PGDAT
+from kdnb.training import Supervised, TensorBoard, accuracy, fit, predict, update
 
 # The script that the tests kill, resume and run in two processes: it distils on digits and saves the student.
 SCRIPT = """
@@ -251,3 +261,407 @@ def test_lines_in_a_log_file(tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd()
     )
     assert [line[:9] for line in text.stdout.splitlines()] == ["epoch 1/2", "epoch 2/2"] and not text.stderr
+
+
+# ---------------------------------------------------------------- what belongs to a run
+
+
+PIXELS = torch.rand(48, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+IMAGES = Images(PIXELS, torch.arange(48) % 4, "abcd")
+
+
+def small(seed=0, name="mlp_8", **more):
+    return create_model(name, 4, 1, 8, seed=seed, **more)
+
+
+def quick(method, batches=None, epochs=1, **more):
+    batches = Batches(IMAGES, 16) if batches is None else batches
+    return fit(method, batches, epochs=epochs, progress="off", **more)
+
+
+def cosine(n):
+    return lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n)
+
+
+def other_images():
+    x = IMAGES.x.clone()
+    x[7, 0, 3, 3] ^= 1
+    return Images(x, IMAGES.y, IMAGES.classes)
+
+
+def attacked_by(**keywords):
+    return PGDAT(small(), attack=partial(pgd, **{"eps": 0.1, "step_size": 0.05, "steps": 1, **keywords}))
+
+
+def with_part(**parts):
+    method = Supervised(small())
+    vars(method).update(parts)
+    return method
+
+
+def frozen_backbone(seed):
+    student = small(seed)
+    next(student.parameters()).requires_grad_(False)
+    return Supervised(student)
+
+
+@pytest.mark.parametrize(
+    "first, second, words",
+    [
+        (lambda: KD(small(), small(1)), lambda: KD(small(), small(2)), "teacher's frozen weights"),
+        (lambda: frozen_backbone(0), lambda: frozen_backbone(1), "student's frozen weights"),
+        (attacked_by, lambda: attacked_by(step_size=0.1), "attack.step_size is 0.05, not 0.1"),
+        (attacked_by, lambda: attacked_by(start="zero"), "attack.start"),
+        (attacked_by, lambda: attacked_by(objective="kl"), "attack.objective"),
+        (lambda: with_part(s={"a": 1}), lambda: with_part(s={"a": 2}), "s.a is 1, not 2"),
+        (lambda: with_part(s=[1, "b"]), lambda: with_part(s=[1, "c"]), "its s is"),
+        (lambda: with_part(s=lambda z: 2 * z), lambda: with_part(s=lambda z: 3 * z), "s.numbers"),
+        (lambda: with_part(s=torch.ones(2)), lambda: with_part(s=torch.zeros(2)), "its s is"),
+        (lambda: Supervised(small()), lambda: Supervised(small(), schedule=cosine(3)), "initial_lr"),
+        (lambda: Supervised(small()), lambda: Supervised(torch.nn.DataParallel(small())), "student"),
+        (lambda: Supervised(small()), lambda: Supervised(torch.compile(small())), "student"),
+    ],
+)
+def test_a_checkpoint_of_another_method_is_refused(tmp_path, first, second, words):
+    quick(first(), checkpoint=tmp_path / "c")
+    assert len(quick(first(), checkpoint=tmp_path / "c")) == 1
+    method = second()
+    before = {k: v.clone() for k, v in method.student.state_dict().items()}
+    with pytest.raises(ValueError, match=f"belongs to another run: .*{re.escape(words)}") as error:
+        quick(method, checkpoint=tmp_path / "c")
+    assert "\n" not in str(error.value) and same(before, method.student.state_dict())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batches": Batches(other_images(), 16)},
+        {"batches": Batches(IMAGES, 16, seed=1)},
+        {"validate": other_images()},
+        {"select": "loss"},
+        {"batches": [(IMAGES.floats(), IMAGES.y)] * 3},
+    ],
+)
+def test_a_checkpoint_of_other_data_is_refused(tmp_path, change):
+    quick(Supervised(small()), validate=IMAGES, checkpoint=tmp_path / "c")
+    with pytest.raises(ValueError, match="belongs to another run"):
+        quick(Supervised(small()), **{"validate": IMAGES, "checkpoint": tmp_path / "c", **change})
+
+
+def test_a_foreign_data_set_of_other_images_is_refused(tmp_path):
+    def loader(images):
+        return DataLoader(TensorDataset(images.floats(), images.y), 16)
+
+    quick(Supervised(small()), loader(IMAGES), checkpoint=tmp_path / "c")
+    with pytest.raises(ValueError, match="its batches.dataset.tensors.0 is"):
+        quick(Supervised(small()), loader(other_images()), checkpoint=tmp_path / "c")
+
+
+def test_another_schedule_goes_on_as_asked_and_says_so(tmp_path):
+    quick(Supervised(small(), schedule=cosine(2)), epochs=2, checkpoint=tmp_path / "c")
+    with pytest.warns(UserWarning, match="its schedule.T_max is 2, not 10"):
+        history = quick(Supervised(small(), schedule=cosine(10)), epochs=10, checkpoint=tmp_path / "c")
+    whole = quick(Supervised(small(), schedule=cosine(10)), epochs=10)
+    assert history["lr"][2:] == pytest.approx(whole["lr"][2:])
+
+
+def test_a_flipped_bit_and_malformed_contents_are_one_line(tmp_path):
+    file = tmp_path / "c"
+    quick(Supervised(small()), checkpoint=file)
+    whole = file.read_bytes()
+    damaged = [bytearray(whole) for _ in range(12)]
+    for k, data in enumerate(damaged):
+        data[(2 * k + 1) * len(data) // 24] ^= 1 << k % 8
+    for content in ({}, {"identity": 3, "moved": {}}, [1], "text", {**torch.load(file), "parts": {}}):
+        torch.save(content, buffer := io.BytesIO())
+        damaged.append(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
+    for data in damaged:
+        file.write_bytes(data)
+        method = Supervised(small(3))
+        with pytest.raises(ValueError, match="^c is not a complete checkpoint") as error:
+            quick(method, checkpoint=file)
+        assert "\n" not in str(error.value)
+
+
+def test_more_done_than_asked_is_said(tmp_path):
+    quick(Supervised(small()), epochs=3, checkpoint=tmp_path / "c")
+    for less in ({"epochs": 2}, {"epochs": 3, "max_steps": 4}):
+        with pytest.raises(ValueError, match="further than was asked for: 3 epochs, 9 steps are done"):
+            quick(Supervised(small()), checkpoint=tmp_path / "c", **less)
+
+
+def test_a_full_disk_keeps_the_last_good_file(tmp_path, monkeypatch):
+    file = tmp_path / "run.pt"
+    quick(Supervised(small()), checkpoint=file)
+    good = file.read_bytes()
+
+    def full_disk(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match=r"run.pt could not be written: .*No space left") as error:
+        quick(Supervised(small()), epochs=2, checkpoint=file)
+    assert "\n" not in str(error.value) and len(error.value.history) == 1 + 1
+    assert file.read_bytes() == good and [p.name for p in tmp_path.iterdir()] == ["run.pt"]
+
+
+# ---------------------------------------------------------------- to the same bits
+
+
+class Noisy(Supervised):
+    "Draws from a stream of its own, counts, and updates every second step with the gradient of both."
+
+    def __init__(self, student):
+        super().__init__(student, lr=0.05)
+        self.stream, self.count, self.mean = torch.Generator().manual_seed(1), 0, torch.zeros(1)
+        student.zero_grad()
+
+    def step(self, x, y):
+        self.count += 1
+        self.mean = 0.9 * self.mean + x.mean()
+        noise = torch.rand(x.shape, generator=self.stream) * self.mean
+        loss = torch.nn.functional.cross_entropy(self.student(torch.nn.functional.dropout(x + noise)), y)
+        loss.backward()
+        if self.count % 2 == 0:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return {"loss": loss}
+
+
+class Bright(TensorDataset):
+    "A data set that draws."
+
+    def __getitem__(self, k):
+        x, y = super().__getitem__(k)
+        return x * torch.rand(1), y
+
+
+def loaders():
+    def make(**more):
+        return DataLoader(Bright(IMAGES.floats(), IMAGES.y), 8, **more)
+
+    return {
+        "shuffled": lambda: make(shuffle=True),
+        "own generator": lambda: make(shuffle=True, generator=torch.Generator().manual_seed(5)),
+        "workers": lambda: make(shuffle=True, num_workers=1),
+        "list": lambda: [(IMAGES.floats(slice(k, k + 8)), IMAGES.y[k : k + 8]) for k in range(0, 48, 8)],
+        "batches": lambda: Batches(IMAGES, 8),
+    }
+
+
+@pytest.mark.parametrize("kind", loaders())
+@pytest.mark.parametrize("stop", [3, 6, 9])
+def test_every_source_and_state_resumes_to_the_same_bits(tmp_path, kind, stop):
+    make = loaders()[kind]
+    whole, again = Noisy(small()), Noisy(small(5))
+    history = quick(whole, make(), epochs=3)
+    quick(Noisy(small()), make(), epochs=3, max_steps=stop, checkpoint=tmp_path / "c")
+    torch.rand(3)
+    resumed = quick(again, make(), epochs=3, checkpoint=tmp_path / "c")
+    assert same(whole.student.state_dict(), again.student.state_dict()) and again.count == 18
+    assert history["loss"] == resumed["loss"]
+
+
+def test_persistent_workers_are_refused_with_a_checkpoint(tmp_path):
+    batches = DataLoader(TensorDataset(IMAGES.floats(), IMAGES.y), 16, num_workers=1, persistent_workers=True)
+    with pytest.raises(ValueError, match="persistent_workers"):
+        quick(Supervised(small()), batches, checkpoint=tmp_path / "c")
+
+
+def test_fit_leaves_the_global_streams_as_they_were():
+    torch.manual_seed(9)
+    expected = torch.rand(3)
+    torch.manual_seed(9)
+    quick(Supervised(small()))
+    assert torch.rand(3).equal(expected)
+
+
+# ---------------------------------------------------------------- what cannot train
+
+
+class Fixed:
+    def __init__(self, *answers):
+        self.student, self.answers, self.count = small(), answers, -1
+
+    def step(self, x, y):
+        self.count += 1
+        return self.answers[min(self.count, len(self.answers) - 1)]
+
+
+LOSS = {"loss": torch.tensor(1.0)}
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        *((answer,) for answer in (None, torch.tensor(1.0), {}, {"loss": 1.0}, {"loss": torch.ones(1)})),
+        (LOSS, {"other": LOSS["loss"]}),
+        (LOSS, LOSS, LOSS, {**LOSS, "other": LOSS["loss"]}),
+    ],
+)
+def test_a_step_returns_named_scalars_the_same_each_time(answers):
+    with pytest.raises(ValueError, match="step must return"):
+        quick(Fixed(*answers), epochs=2)
+
+
+def with_pixel(value, batch=2):
+    found = [(IMAGES.floats(slice(k, k + 16)).clone(), IMAGES.y[k : k + 16]) for k in (0, 16, 32)]
+    found[batch][0][3, 0, 2, 2] = value
+    return found
+
+
+def with_label(value, batch=2):
+    found = [(x, y.clone()) for x, y in with_pixel(0.5)]
+    found[batch][1][1] = value
+    return found
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ({"batches": []}, "no batches"),
+        ({"batches": iter(DataLoader(TensorDataset(PIXELS, IMAGES.y), 16)), "epochs": 2}, "only once"),
+        ({"batches": (b for b in with_pixel(0.5))}, "must have a length"),
+        ({"batches": [{"x": 1}]}, "a batch must be two tensors"),
+        ({"batches": [(IMAGES.x, IMAGES.y)]}, "images must be floats in"),
+        *(({"batches": with_pixel(v, 0)}, "at step 1") for v in (1.1, -0.1, float("nan"))),
+        *(({"batches": with_pixel(v, 2)}, "at step 3") for v in (1.1, -0.1, float("nan"))),
+        *(({"batches": with_label(v, 0)}, r"labels must lie in \[0, 4\)") for v in (4, -1, -100)),
+        *(({"batches": with_label(v, 2)}, r"labels must lie in \[0, 4\)") for v in (4, -1, -100)),
+        ({"batches": Batches(Images(IMAGES.x, IMAGES.y + 1, "abcde"), 16)}, r"labels must lie in \[0, 4\)"),
+        ({"epochs": 1.5}, "epochs must be a whole number >= 0, got 1.5"),
+        ({"epochs": None}, "epochs must be a whole number"),
+        ({"max_steps": -1}, "max_steps must be a whole number >= 0"),
+        ({"checkpoint_steps": 0.5}, "checkpoint_steps must be a whole number >= 0"),
+        ({"epoch_steps": 0}, "epoch_steps must be a whole number >= 1"),
+        ({"seed": "1"}, "seed must be a whole number"),
+        ({"precision": "fp16"}, "precision must be fp32 or bf16, got 'fp16'"),
+        ({"select": "val_acc", "validate": IMAGES}, "unknown metric 'val_acc'; nearest: val_accuracy"),
+        ({"select": "val_acc", "validate": lambda: {"val_rob": 0.5}}, "unknown metric 'val_acc'"),
+        ({"validate": lambda: 0.5}, "validate must return a dict of numbers"),
+    ],
+)
+def test_what_cannot_train_is_refused(more, words):
+    with pytest.raises(ValueError, match=words) as error:
+        quick(Supervised(small()), **more)
+    assert "\n" not in str(error.value)
+
+
+def test_pixels_may_be_off_by_rounding():
+    quick(Supervised(small()), with_pixel(1 + 5e-7))
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_a_last_batch_of_one_image_is_refused_with_batch_norm(foreign):
+    seventeen = IMAGES.subset(torch.arange(17))
+    batches = Batches(seventeen, 16, drop_last=False)
+    if foreign:
+        batches = DataLoader(TensorDataset(seventeen.floats(), seventeen.y), 16)
+    with pytest.raises(ValueError, match="drop_last"):
+        quick(Supervised(small(name="resnet8")), batches)
+    quick(Supervised(small()), batches)  # without BatchNorm it may be
+
+
+def test_half_precision_students_are_refused_and_double_ones_work():
+    for dtype in (torch.float16, torch.bfloat16):
+        with pytest.raises(ValueError, match="train student.float"):
+            quick(Supervised(small().to(dtype)))
+    method = Supervised(small().double())
+    quick(method)
+    assert all(p.dtype is torch.float64 for p in method.student.parameters())
+
+
+# ---------------------------------------------------------------- cut short
+
+
+def test_an_epoch_cut_short_has_its_row_and_goes_on_to_the_same_bits(tmp_path):
+    rows, whole, cut = [], Supervised(small()), Supervised(small())
+    full = quick(whole, epochs=2, validate=IMAGES)
+    options = {"epochs": 2, "validate": IMAGES, "checkpoint": tmp_path / "c", "trackers": [rows.append]}
+    for _ in range(2):  # asked twice, it answers the same
+        part = quick(cut, max_steps=4, **options)
+        assert part["step"] == [3, 4] and part["val_accuracy"][1] >= 0 and part.rows[-1] == rows[-1]
+    assert rows[-1]["loss"] == rows[-2]["loss"] and len(rows) == 3
+    resumed = quick(Supervised(small(4)), **options)
+    assert resumed["loss"] == full["loss"] and resumed["step"] == [3, 6]
+
+
+def test_steps_need_not_be_a_multiple(tmp_path):
+    class Still(Fixed):
+        pass
+
+    for steps, expected in ((2, [2]), (7, [3, 6, 7]), (6, [3, 6])):
+        history = fit(Still(LOSS), steps=steps, epoch_steps=3, progress="off")
+        assert history["step"] == expected and history["loss"] == [1.0] * len(expected)
+    more = {"epoch_steps": 3, "progress": "off", "checkpoint": tmp_path / "c"}
+    fit(Still(LOSS), steps=7, **more)
+    assert fit(Still(LOSS), steps=10, **more)["step"] == [3, 6, 9, 10]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_what_stops_a_run_carries_the_history(error):
+    method, step = Supervised(small()), Supervised.step
+
+    def stop(x, y):
+        if len(calls) == 7:
+            raise error
+        calls.append(1)
+        return step(method, x, y)
+
+    calls, method.step = [], stop
+    with pytest.raises(error) as caught:
+        quick(method, epochs=5)
+    assert caught.value.history["epoch"] == [1, 2]
+
+
+def test_a_loader_that_every_process_would_read_alike_is_refused(monkeypatch):
+    monkeypatch.setattr(training, "world", lambda: 2)
+    data = TensorDataset(IMAGES.floats(), IMAGES.y)
+    run = SimpleNamespace(batches=DataLoader(data, 16), epochs=1, checkpoint=None)
+    with pytest.raises(ValueError, match="DistributedSampler"):
+        training._count_batches(run)
+    sampler = torch.utils.data.DistributedSampler(data, num_replicas=2, rank=0)
+    run.batches = DataLoader(data, 8, sampler=sampler)
+    assert training._count_batches(run) == 3
+
+
+# ---------------------------------------------------------------- networks that are not plain
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        self.inner, self.wrap = small(), wrap
+
+    def forward(self, x):
+        return self.wrap(self.inner(x))
+
+
+@pytest.mark.parametrize("wrap", [lambda z: (z, z), lambda z: {"logits": z}, lambda z: z.flatten()])
+def test_other_outputs_than_logits_are_named(wrap):
+    for action in (lambda m: accuracy(m, IMAGES), lambda m: quick(Supervised(m))):
+        with pytest.raises(ValueError, match=r"the model must return logits of shape \(\d+, K\), got"):
+            action(Wrapped(wrap))
+
+
+class Parameterless(torch.nn.Module):
+    def forward(self, x):
+        return x.flatten(1)[:, :4]
+
+
+def test_accuracy_of_models_without_parameters_and_of_half_models():
+    assert 0 <= accuracy(Parameterless(), IMAGES) <= 1
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        logits = predict(small().to(dtype), IMAGES)
+        assert logits.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
+        assert torch.allclose(logits.float(), predict(small(), IMAGES), atol=0.05)
+    for more in ({"batch_size": 0}, {"batch_size": 2.5}):
+        with pytest.raises(ValueError, match="batch_size must be a whole number >= 1"):
+            predict(small(), IMAGES, **more)
+
+
+def test_clipping_comes_before_the_step():
+    net = torch.nn.Linear(2, 1, bias=False)
+    before = net.weight.detach().clone()
+    update(torch.optim.SGD(net.parameters(), 1.0), 100 * net.weight.sum(), clip=1.0)
+    assert (net.weight - before).norm().item() == pytest.approx(1.0, rel=1e-4)
