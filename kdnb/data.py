@@ -332,7 +332,7 @@ def _upright(path):
     from PIL import Image, ImageOps
 
     with Image.open(path) as picture:
-        if picture.mode in ("I", "F"): raise ValueError("32-bit pixels have no known range: save 8 or 16 bits")
+        if picture.mode in ("I", "F"): raise ValueError("32-bit pixels have no known range: save 16 bits")
         turned = ImageOps.exif_transpose(picture)
     if turned.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(turned) / 257).round().astype(np.uint8))
