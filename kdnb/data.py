@@ -166,13 +166,14 @@ def list_data() -> list[str]:  # names for `load_data`
 # %% ../nbs/00_data.ipynb #c333973e
 def _root(root): return Path(root or os.environ.get("KDNB_DATA") or "~/.cache/kdnb").expanduser()
 
-# %% ../nbs/00_data.ipynb #cc1c4d86
+# %% ../nbs/00_data.ipynb #3b3fa630
 def _place(name, root):
     "The folder of a `folder:` set: ./x and ../x from the current folder, a bare name first below root."
     path = name.removeprefix("folder:")
     here, below = Path(path).expanduser(), _root(root) / Path(path).expanduser()
     return here if path.split("/")[0] in (".", "..") or (here.exists() and not below.exists()) else below
 
+# %% ../nbs/00_data.ipynb #6b21b547
 def _seen(folder):
     "What a folder holds, sorted, without what only file managers and editors put there."
     if not folder.is_dir(): return []
@@ -273,6 +274,7 @@ def _folder(path, image_size):
         raise ValueError(f"the cache file {cache.name} is damaged: delete it and load again") from None
     return [Images(t[f"{part}.x"], t[f"{part}.y"], classes) for part in ("train", "test")]
 
+# %% ../nbs/00_data.ipynb #6cf85447
 def _sum(digest, tensors):
     "One checksum over the files' digest and the decoded tensors."
     total = digest.copy()
@@ -326,6 +328,7 @@ def _decode(files, path, image_size):
         parts[part] = (x.permute(0, 3, 1, 2) if colour else x.unsqueeze(1)).contiguous()
     return parts
 
+# %% ../nbs/00_data.ipynb #dd6f1b03
 def _upright(path):
     "A picture of mode L or RGB, turned as its EXIF tag says."
     import numpy as np
@@ -338,6 +341,7 @@ def _upright(path):
         return Image.fromarray((np.asarray(turned) / 257).round().astype(np.uint8))
     return turned if turned.mode == "L" else turned.convert("RGB")
 
+# %% ../nbs/00_data.ipynb #e2c16a38
 def _fit_size(picture, size):
     "The shorter side scaled to `size`, the middle cut out."
     if picture.size == (size, size): return picture
