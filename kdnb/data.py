@@ -9,14 +9,16 @@ __all__ = ['random_stream', 'Images', 'Data', 'list_data', 'check_data', 'load_d
 import gzip
 import hashlib
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .checks import check_choice, check_labels, check_numbers, unknown, write_whole
 
 # %% ../nbs/00_data.ipynb #bbc800e7
 def random_stream(
@@ -37,19 +39,20 @@ class Images:
     classes: tuple[str, ...]  # K names
 
     def __post_init__(self):
-        x, y = self.x, torch.as_tensor(self.y).long()
+        x, y = torch.as_tensor(self.x), torch.as_tensor(self.y)
         if x.ndim != 4: raise ValueError(f"images must be (N, C, H, W), got shape {tuple(x.shape)}")
         if len(x) != len(y) or y.ndim != 1:
             raise ValueError(f"{len(x)} images but labels of shape {tuple(y.shape)}")
         if x.is_floating_point():
             if not bool(torch.isfinite(x).all()): raise ValueError("images hold NaN or infinite values")
-            if x.numel() and (x.min() < 0 or x.max() > 1):
-                raise ValueError(f"float images must lie in [0, 1], got [{x.min():.3g}, {x.max():.3g}]")
-            x = (x * 255).round().to(torch.uint8)
+            if x.numel() and (x.min() < -1e-6 or x.max() > 1 + 1e-6):
+                raise ValueError(f"float images must lie in [0, 1], got [{x.min():.7g}, {x.max():.7g}]")
+            x = (x * 255).round().clamp(0, 255).to(torch.uint8)
         if x.dtype != torch.uint8:
             raise ValueError(f"images must be uint8, or float in [0, 1], got {x.dtype}")
-        if len(y) and (y.min() < 0 or y.max() >= len(self.classes)):
-            raise ValueError(f"labels must lie in [0, {len(self.classes)}), got [{y.min()}, {y.max()}]")
+        if bool((y.long() != y).any()): raise ValueError("labels must be whole numbers")
+        y = y.long()
+        check_labels(y, len(self.classes))
         object.__setattr__(self, "x", x)
         object.__setattr__(self, "y", y)
 
@@ -82,6 +85,7 @@ class Data:
     mean: tuple[float, ...]  # per channel, of train.x in [0, 1]
     std: tuple[float, ...]  # the same
     sha256: str  # of all pixels and labels, in order: the fingerprint for the run card
+    split: str = "plain"  # how val was drawn: over all images, or a share of each "class"
 
     @property
     def num_classes(self):
@@ -101,16 +105,31 @@ class Data:
         )
 
     def describe(self) -> dict:
-        "What a run card records: name, sizes, fingerprint."
+        "What a run card records: name, sizes, split, fingerprint."
         sizes = {part: len(getattr(self, part)) for part in ("train", "val", "test")}
-        return {"name": self.name, "sha256": self.sha256, **sizes}
+        return {"name": self.name, "sha256": self.sha256, "split": self.split, **sizes}
 
 # %% ../nbs/00_data.ipynb #a490190c
-def _assemble(name, train, test, val_fraction, split_seed, sha256):
-    if not 0 <= val_fraction < 1: raise ValueError(f"val_fraction must lie in [0, 1), got {val_fraction}")
-    order = torch.randperm(len(train), generator=random_stream(split_seed, "split"))
-    n_val = round(val_fraction * len(train))
-    val, train = train.subset(order[:n_val]), train.subset(order[n_val:])
+def _split(y, fraction, seed, split):
+    "Positions of the training and of the held-out images, and how they were drawn."
+    order = torch.randperm(len(y), generator=random_stream(seed, "split"))
+    n_val, count = round(fraction * len(y)), torch.bincount(y)
+    share = fraction * count.double()
+    drawn = torch.bincount(y[order[:n_val]], minlength=len(count))
+    near = (drawn - share).abs() <= (share / 2).clamp(min=0.5)
+    fair = bool((near & (drawn < count) | (count == 0)).all())
+    if split == "plain" or (split == "auto" and fair): return order[n_val:], order[:n_val], "plain"
+    number = share.floor().long()
+    number[(share - number).argsort(descending=True, stable=True)[: n_val - int(number.sum())]] += 1
+    number = number.minimum((count - 1).clamp(min=0))  # each class keeps an image to learn from
+    held = torch.zeros(len(y), dtype=torch.bool)
+    for k, n in enumerate(number.tolist()): held[order[y[order] == k][:n]] = True
+    return order[~held[order]], order[held[order]], "class"
+
+# %% ../nbs/00_data.ipynb #d358a2eb
+def _assemble(name, train, test, val_fraction, split_seed, split, sha256):
+    kept, held, split = _split(train.y, val_fraction, split_seed, split)
+    val, train = train.subset(held), train.subset(kept)
     digest = hashlib.sha256()
     for part in (train, val, test):
         for tensor in (part.x, part.y): digest.update(tensor.contiguous().numpy())
@@ -122,7 +141,7 @@ def _assemble(name, train, test, val_fraction, split_seed, sha256):
     share = counts / counts.sum(1, keepdim=True)
     mean = share @ levels
     std = (share @ levels**2 - mean**2).clamp(min=1e-12).sqrt()
-    return Data(name, train, val, test, tuple(mean.tolist()), tuple(std.tolist()), found)
+    return Data(name, train, val, test, tuple(mean.tolist()), tuple(std.tolist()), found, split)
 
 # %% ../nbs/00_data.ipynb #f1092637
 _TORCHVISION = {  # name: (class in torchvision.datasets, a file that must exist, below root)
@@ -147,6 +166,20 @@ def list_data() -> list[str]:  # names for `load_data`
 # %% ../nbs/00_data.ipynb #c333973e
 def _root(root): return Path(root or os.environ.get("KDNB_DATA") or "~/.cache/kdnb").expanduser()
 
+# %% ../nbs/00_data.ipynb #3b3fa630
+def _place(name, root):
+    "The folder of a `folder:` set: ./x and ../x from the current folder, a bare name first below root."
+    path = name.removeprefix("folder:")
+    here, below = Path(path).expanduser(), _root(root) / Path(path).expanduser()
+    return here if path.split("/")[0] in (".", "..") or (here.exists() and not below.exists()) else below
+
+# %% ../nbs/00_data.ipynb #6b21b547
+def _seen(folder):
+    "What a folder holds, sorted, without what only file managers and editors put there."
+    if not folder.is_dir(): return []
+    quiet = ("thumbs.db", "desktop.ini", "__macosx")
+    return sorted(p for p in folder.iterdir() if p.name[0] != "." and p.name.lower() not in quiet)
+
 # %% ../nbs/00_data.ipynb #3f6c3ea2
 def check_data(
     name: str,               # one of `list_data()`, or "folder:PATH"
@@ -154,17 +187,14 @@ def check_data(
     download: bool = False,  # True: missing files will be fetched by `load_data`, so they are no error
 ) -> None:
     "Raise one clear line if a set is unknown or its files are not there; reads no images."
-    if name.startswith("folder:"):
-        folder = _root(root) / name.removeprefix("folder:")
+    if str(name).startswith("folder:"):
         for part in ("train", "test"):
-            if not any(p.is_dir() for p in (folder / part).glob("*")):
+            if not any(p.is_dir() for p in _seen(_place(name, root) / part)):
                 raise FileNotFoundError(
                     f"data {name!r}: no folder {part}/CLASS/ there; expected images train/CLASS/* and "
-                    "test/CLASS/* (PATH is below root or $KDNB_DATA, or absolute)")
+                    "test/CLASS/* (PATH is below root or $KDNB_DATA, absolute, or begins with ./)")
         return
-    if name not in list_data():
-        near = get_close_matches(name, list_data(), 2, 0.4) or list_data()
-        raise ValueError(f"unknown data {name!r}; nearest: {', '.join(near)}; or folder:PATH for your own")
+    if name not in list_data(): raise unknown("data", name, list_data(), "or folder:PATH for your own")
     if name != "digits" and not download and not (_root(root) / _TORCHVISION[name][1]).exists():
         raise FileNotFoundError(f"data {name!r}: no files found; get them with download=True, "
                                 "or set root or $KDNB_DATA to the folder that has them")
@@ -184,13 +214,15 @@ def _torchvision(name, root, download):
     from torchvision import datasets
 
     kind, parts = getattr(datasets, _TORCHVISION[name][0]), []
-    if name.endswith("mnist"): _check_mnist(name, root / kind.__name__ / "raw", kind.resources)
+    if name.endswith("mnist"):
+        _check_mnist(name, root / kind.__name__ / "raw", kind.resources)
+        kind = type(kind.__name__, (kind,), {"_check_legacy_exist": lambda self: False})  # raw/ alone is read
     for train in (True, False):
         which = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
         try:
             s = kind(str(root), download=download, **which)
-        except RuntimeError as error:
-            raise ValueError(f"data {name!r}: {' '.join(str(error).split())}") from None
+        except Exception as error:
+            raise ValueError(f"data {name!r}: {' '.join(str(error).split())[:300]}") from None
         x, y = torch.as_tensor(s.data), torch.as_tensor(s.labels if name == "svhn" else s.targets)
         x = x.unsqueeze(1) if x.ndim == 3 else x if name == "svhn" else x.permute(0, 3, 1, 2)
         names = tuple(getattr(s, "classes", None) or map(str, range(10)))
@@ -202,15 +234,15 @@ def _check_mnist(name, folder, resources):
     "torchvision reads these files unchecked: compare with known sums, or with the archive beside them."
     for file, md5 in ((Path(r).stem, m) for r, m in resources):
         path, archive = folder / file, folder / f"{file}.gz"
-        good = True
         if not path.exists(): continue      # torchvision fetches it, and checks what it fetched
-        if name == "mnist": good = hashlib.sha256(path.read_bytes()).hexdigest() == _MNIST_SHA256[file]
-        elif archive.exists():
+        good = (hashlib.sha256(path.read_bytes()).hexdigest() == _MNIST_SHA256[file]) == (name == "mnist")
+        if good and name != "mnist" and archive.exists():
             packed = archive.read_bytes()
             good = hashlib.md5(packed).hexdigest() == md5 and gzip.decompress(packed) == path.read_bytes()
         if not good:
             raise ValueError(
-                f"data {name!r}: {file} is damaged (wrong checksum); delete it and load with download=True"
+                f"data {name!r}: {file} is damaged or another set's (wrong checksum); delete it and load "
+                "with download=True"
             )
 
 # %% ../nbs/00_data.ipynb #d25f3b89
@@ -218,61 +250,105 @@ def _folder(path, image_size):
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    files = {
-        part: sorted(p for p in (path / part).glob("*/*") if p.is_file()) for part in ("train", "test")
-    }
-    classes = tuple(sorted(p.name for p in (path / "train").iterdir() if p.is_dir()))
-    if extra := {p.parent.name for p in files["test"]} - set(classes):
+    files = {part: _list(path, part) for part in ("train", "test")}   # [(file, class)]
+    classes = tuple(sorted({k for _, k in files["train"]}))
+    if extra := {k for _, k in files["test"]} - set(classes):
         raise ValueError(f"test/ has classes that train/ lacks: {sorted(extra)[:3]}")
-    digest = hashlib.sha256(f"1/{image_size}".encode())
-    for p in files["train"] + files["test"]:
-        stat = p.stat()
-        digest.update(f"{p.relative_to(path)}/{stat.st_size}/{stat.st_mtime_ns}\n".encode())
+    if len(classes) < 2 and all(p.parent.name == classes[0] for p, _ in files["train"]):
+        raise ValueError(f"train/ has the single class {classes[0]!r}: expected a folder for each class")
+    digest = hashlib.sha256(f"2/{image_size}".encode())
+    for p, _ in files["train"] + files["test"]:
+        content = hashlib.sha256(p.read_bytes()).hexdigest()
+        digest.update(f"{p.relative_to(path).as_posix()}/{content}\n".encode())
     home = Path(os.environ.get("KDNB_CACHE") or "~/.cache/kdnb/decoded").expanduser()
     cache = home / f"{path.name}-{digest.hexdigest()[:16]}.safetensors"
     if not cache.exists():
-        tensors = {f"{part}.x": _decode(files[part], image_size) for part in files}
-        for part in files:
-            tensors[f"{part}.y"] = torch.tensor([classes.index(p.parent.name) for p in files[part]])
-        home.mkdir(parents=True, exist_ok=True)
-        part_file = cache.with_suffix(f".{os.getpid()}.part")
-        save_file(tensors, str(part_file))
-        os.replace(part_file, cache)
+        t = {f"{part}.x": x for part, x in _decode(files, path, image_size).items()}
+        for part in files: t[f"{part}.y"] = torch.tensor([classes.index(k) for _, k in files[part]])
+        write_whole(cache, lambda part: save_file(t, str(part), {"sum": _sum(digest, t)}))
     try:
-        with safe_open(str(cache), "pt") as f: t = {k: f.get_tensor(k) for k in f.keys()}
+        with safe_open(str(cache), "pt") as f:
+            t, expected = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()["sum"]
+        if _sum(digest, t) != expected: raise ValueError
     except Exception:
         raise ValueError(f"the cache file {cache.name} is damaged: delete it and load again") from None
     return [Images(t[f"{part}.x"], t[f"{part}.y"], classes) for part in ("train", "test")]
 
-# %% ../nbs/00_data.ipynb #cded8099
-def _decode(files, image_size):
-    import numpy as np
-    from PIL import Image, UnidentifiedImageError
+# %% ../nbs/00_data.ipynb #6cf85447
+def _sum(digest, tensors):
+    "One checksum over the files' digest and the decoded tensors."
+    total = digest.copy()
+    for name in sorted(tensors): total.update(tensors[name].contiguous().numpy())
+    return total.hexdigest()
 
-    pictures, mode = [], None
-    for p in files:
-        try:
-            picture = Image.open(p)
-            picture.load()
-        except (UnidentifiedImageError, OSError):
-            raise ValueError(f"not a readable image: {p.parent.name}/{p.name}") from None
-        mode = mode or ("L" if picture.mode == "L" else "RGB")
-        picture = picture.convert(mode)
-        if image_size and picture.size != (image_size, image_size):
-            scale = image_size / min(picture.size)
-            picture = picture.resize(
-                [max(image_size, round(s * scale)) for s in picture.size], Image.Resampling.BICUBIC
-            )
-            left, top = ((s - image_size) // 2 for s in picture.size)
-            picture = picture.crop((left, top, left + image_size, top + image_size))
-        pictures.append(np.asarray(picture))
-        if pictures[-1].shape != pictures[0].shape or picture.width != picture.height:
-            raise ValueError(
-                f"{p.parent.name}/{p.name} is {picture.width}x{picture.height}: "
-                "images must be square and of one size; pass image_size="
-            )
-    x = torch.from_numpy(np.stack(pictures))
-    return (x.unsqueeze(1) if x.ndim == 3 else x.permute(0, 3, 1, 2)).contiguous()
+# %% ../nbs/00_data.ipynb #7bc74231
+def _list(path, part):
+    "[(file, class)] of a part, sorted; whatever cannot be meant is named."
+    found, owner = [], {}
+    for folder in (p for p in _seen(path / part) if p.is_dir()):
+        deeper, start = folder / "images", len(found)
+        beside = [p for p in _seen(folder) if p != deeper]
+        if deeper.is_dir(): beside = [p for p in beside if p.suffix != ".txt"]   # Tiny ImageNet's boxes
+        for p in beside + _seen(deeper):
+            where, kind = p.relative_to(path).as_posix(), folder.name
+            if not p.exists(): raise ValueError(f"{where} is a broken link")
+            if p.is_dir(): raise ValueError(f"{where} is a folder: images lie in CLASS/ or CLASS/images/")
+            stat = p.stat()
+            if owner.setdefault((stat.st_dev, stat.st_ino), kind) != kind:
+                raise ValueError(f"{where} is a link to a picture of another class")
+            found.append((p, kind))
+        if len(found) == start: raise ValueError(f"class folder {part}/{folder.name} holds no images")
+    return found
+
+# %% ../nbs/00_data.ipynb #cded8099
+def _decode(files, path, image_size):
+    "{part: (N, C, H, W) uint8}; one coloured picture makes all of them coloured."
+    import numpy as np
+    from PIL import Image
+
+    pictures = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)   # refused by size, before decoding
+        for p in (p for part in files.values() for p, _ in part):
+            where = p.relative_to(path).as_posix()
+            try: picture = _upright(p)
+            except Exception as error:
+                words = " ".join(f"{type(error).__name__}: {error}".replace(str(p), p.name).split())[:120]
+                raise ValueError(f"not a readable image: {where} ({words})") from None
+            if image_size: picture = _fit_size(picture, image_size)
+            pictures.append(np.asarray(picture))
+            if picture.width != picture.height or pictures[-1].shape[:2] != pictures[0].shape[:2]:
+                raise ValueError(f"{where} is {picture.width}x{picture.height}: images must be square and "
+                                 "of one size; pass image_size=")
+    colour, parts = any(a.ndim == 3 for a in pictures), {}
+    for part, members in files.items():
+        mine, pictures = pictures[: len(members)], pictures[len(members) :]
+        if colour: mine = [a if a.ndim == 3 else np.repeat(a[..., None], 3, 2) for a in mine]
+        x = torch.from_numpy(np.stack(mine))
+        parts[part] = (x.permute(0, 3, 1, 2) if colour else x.unsqueeze(1)).contiguous()
+    return parts
+
+# %% ../nbs/00_data.ipynb #dd6f1b03
+def _upright(path):
+    "A picture of mode L or RGB, turned as its EXIF tag says."
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as picture:
+        if picture.mode in ("I", "F"): raise ValueError("32-bit pixels have no known range: save 16 bits")
+        turned = ImageOps.exif_transpose(picture)
+    if turned.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(turned) / 257).round().astype(np.uint8))
+    return turned if turned.mode == "L" else turned.convert("RGB")
+
+# %% ../nbs/00_data.ipynb #e2c16a38
+def _fit_size(picture, size):
+    "The shorter side scaled to `size`, the middle cut out."
+    if picture.size == (size, size): return picture
+    scale = size / min(picture.size)
+    picture = picture.resize([max(size, round(s * scale)) for s in picture.size], 3)   # bicubic
+    left, top = ((s - size) // 2 for s in picture.size)
+    return picture.crop((left, top, left + size, top + size))
 
 # %% ../nbs/00_data.ipynb #7db4eb67
 def load_data(
@@ -285,15 +361,19 @@ def load_data(
     download: bool = False,       # may torchvision fetch missing files?
     image_size: int = 0,          # folders only: > 0 scales and cuts every image to this size
     sha256: str = "",             # expected fingerprint; "" accepts any
+    split: str = "auto",          # "plain" one draw over all, "class" a share of each; "auto" plain if fair
 ) -> Data:                        # uint8 tensors in three parts
     "Load a set whole; the same name, files and split give the same fingerprint."
+    check_numbers("in [0, 1)", val_fraction=val_fraction)
+    check_numbers("whole >= 0", image_size=image_size)
+    check_choice(("auto", "plain", "class"), split=split)
     check_data(name, root, download)
-    path = name.removeprefix("folder:")
+    folder = Path(os.path.abspath(_place(name, root)))   # name stays that of a link, if it is one
     if name == "digits": train, test = _digits()
-    elif path != name: train, test = _folder(_root(root) / path, image_size)
+    elif name.startswith("folder:"): train, test = _folder(folder, image_size)
     else: train, test = _torchvision(name, _root(root), download)
-    label = Path(path).name
-    return _assemble(label, train, test, val_fraction, split_seed, sha256).to(device)
+    label = folder.name if name.startswith("folder:") else name
+    return _assemble(label, train, test, val_fraction, split_seed, split, sha256).to(device)
 
 # %% ../nbs/00_data.ipynb #4752da4e
 class Batches:
@@ -367,11 +447,9 @@ def _windows(pixels, h, w, picked, shift):
 
 # %% ../nbs/00_data.ipynb #faa368a8
 def _check_batches(n, batch_size, augment, padding, drop_last):
-    if augment not in ("none", "crop", "crop_flip"):
-        raise ValueError(f"augment must be none, crop or crop_flip, got {augment!r}")
-    if batch_size < 1 or (drop_last and batch_size > n):
-        raise ValueError(f"batch_size must lie in [1, {n}], got {batch_size}")
-    if padding < 0: raise ValueError(f"padding must be >= 0, got {padding}")
+    check_choice(("none", "crop", "crop_flip"), augment=augment)
+    check_numbers(f"whole in [1, {n}]" if drop_last else "whole >= 1", batch_size=batch_size)
+    check_numbers("whole >= 0", padding=padding)
 
 # %% ../nbs/00_data.ipynb #5eecb9d1
 def _share(first, count):
@@ -389,6 +467,7 @@ def moons(
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:  # (n, 2) float32, (n,) int64 in {0, 1}
     "Two interlocking half circles."
+    check_numbers("whole >= 1", n=n), check_numbers(">= 0", noise=noise)
     g = random_stream(seed, "moons")
     y = torch.arange(n) % 2
     angle = torch.rand(n, generator=g) * torch.pi
@@ -404,6 +483,7 @@ def rings(
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:  # (n, 2) float32, (n,) int64 in [0, classes)
     "Concentric rings, one a class."
+    check_numbers("whole >= 1", n=n, classes=classes), check_numbers(">= 0", noise=noise)
     g = random_stream(seed, "rings")
     y = torch.arange(n) % classes
     angle = torch.rand(n, generator=g) * 2 * torch.pi

@@ -1,6 +1,9 @@
 "Damaged, missing and odd files: each is one clear line. And what must hold for any batch size."
 
 import gzip
+import hashlib
+import os
+import shutil
 import struct
 
 import numpy as np
@@ -10,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from kdnb.data import Batches, Images, check_data, load_data
+from kdnb.data import _MNIST_SHA256, Batches, Images, _split, check_data, load_data, moons, rings
 
 
 def refuses(words, action, kinds=(ValueError, FileNotFoundError)):
@@ -45,6 +48,24 @@ def test_fashion_mnist_is_checked_against_the_archive_beside_it(tmp_path):
     packed = gzip.compress((raw / "train-images-idx3-ubyte").read_bytes())
     (raw / "train-images-idx3-ubyte.gz").write_bytes(packed)
     refuses("is damaged", lambda: load_data("fashion_mnist", tmp_path))
+
+
+def test_processed_files_beside_good_ones_are_not_read(tmp_path):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    fake_mnist(raw)
+    (raw.parent / "processed").mkdir()
+    black = torch.zeros(20, 28, 28, dtype=torch.uint8), torch.full((20,), 7)
+    for part in ("training", "test"):
+        torch.save(black, raw.parent / "processed" / f"{part}.pt")
+    assert load_data("fashion_mnist", tmp_path).test.y.tolist() == [*range(10)]
+
+
+def test_mnists_own_files_are_no_fashion_mnist(tmp_path, monkeypatch):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    fake_mnist(raw)
+    file = raw / "t10k-labels-idx1-ubyte"
+    monkeypatch.setitem(_MNIST_SHA256, file.name, hashlib.sha256(file.read_bytes()).hexdigest())
+    refuses("t10k-labels-.* is damaged or another set's", lambda: load_data("fashion_mnist", tmp_path))
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100", "svhn"])
@@ -96,11 +117,148 @@ def test_odd_folders(birds):
     refuses("12x9: images must be square", lambda: load_data("folder:birds", where))
     assert load_data("folder:birds", where, image_size=6).image_size == 6
     (birds / "train" / "owl" / "wide.png").write_text("hello")
-    refuses("not a readable image: owl/wide.png", lambda: load_data("folder:birds", where))
+    refuses("not a readable image: train/owl/wide.png", lambda: load_data("folder:birds", where))
     (birds / "train" / "owl" / "wide.png").unlink()
     (birds / "test" / "crow").mkdir()
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(birds / "test" / "crow" / "0.png")
     refuses(r"classes that train/ lacks: \['crow'\]", lambda: load_data("folder:birds", where))
+
+
+def paint(path, array, **kw):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, **kw)
+
+
+RGB = np.zeros((8, 8, 3), np.uint8)
+
+
+def chunk_broken(path):
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"IDAT", b"\xa4o\x9bv", 1))
+
+
+def link(path, target):
+    path.unlink(missing_ok=True)
+    path.symlink_to(target)
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda t: (t / "crow").mkdir(), "class folder train/crow holds no images"),
+        (lambda t: link(t / "owl/x.png", t / "nowhere.png"), "train/owl/x.png is a broken link"),
+        (lambda t: link(t / "owl/x.png", t / "wren/0.png"), "owl/x.png|wren/0.png is a link to"),
+        (lambda t: link(t / "crow", t / "wren"), "is a link to a picture of another class"),
+        (lambda t: (t / "owl/x").mkdir(), "train/owl/x is a folder"),
+        (lambda t: shutil.rmtree(t / "owl") or shutil.rmtree(t.parent / "test/owl"), "single class 'wren'"),
+        (lambda t: chunk_broken(t / "owl/1.png"), "not a readable image: train/owl/1.png"),
+        (lambda t: Image.new("L", (13500, 13500)).save(t / "owl/1.png"), "train/owl/1.png .*Bomb"),
+        (lambda t: Image.new("L", (9500, 9500)).save(t / "owl/1.png"), "train/owl/1.png .*Bomb"),
+        (lambda t: Image.new("F", (8, 8)).save(t / "owl/1.tif"), "train/owl/1.tif .*32-bit"),
+        (lambda t: (t / "owl/notes.txt").write_text("x"), "train/owl/notes.txt"),
+    ],
+)
+def test_what_cannot_be_meant_is_named(birds, damage, words):
+    damage(birds / "train")
+    refuses(words, lambda: load_data(f"folder:{birds}", image_size=8))
+
+
+def test_hidden_files_are_passed_over(birds):
+    before = load_data(f"folder:{birds}")
+    (birds / "train/.ipynb_checkpoints").mkdir()
+    for name in (".DS_Store", "owl/Thumbs.db", "owl/._1.png", "wren/desktop.ini"):
+        (birds / "train" / name).write_bytes(b"x")
+    assert load_data(f"folder:{birds}").sha256 == before.sha256
+
+
+def test_images_one_folder_deeper(birds):
+    before = load_data(f"folder:{birds}")
+    for kind in ("owl", "wren"):
+        (birds / "train" / kind).rename(birds / "train/images")
+        (birds / "train" / kind).mkdir()
+        (birds / "train/images").rename(birds / "train" / kind / "images")
+        (birds / "train" / kind / "boxes.txt").write_text("0 0 8 8")
+    assert load_data(f"folder:{birds}").sha256 == before.sha256
+
+
+def test_sixteen_bits_are_scaled_and_orientation_is_applied(birds):
+    for path in birds.rglob("*.png"):
+        paint(path, np.full((8, 8), 257 * 100, np.uint16))
+    data = load_data(f"folder:{birds}")
+    assert data.in_channels == 1 and data.train.x.unique().tolist() == [100]
+    exif, upper = Image.Exif(), RGB.copy()
+    exif[0x0112], upper[:4] = 6, 255
+    for path in birds.rglob("*.png"):
+        paint(path, upper, exif=exif)
+    right = load_data(f"folder:{birds}").train.x
+    assert (right[..., 4:] == 255).all() and (right[..., :4] == 0).all()
+
+
+@pytest.mark.parametrize("which", ["train/owl/0.png", "train/wren/5.png", "test/wren/1.png"])
+def test_one_coloured_picture_makes_the_set_coloured(birds, which):
+    for path in birds.rglob("*.png"):
+        Image.open(path).convert("L").save(path)
+    paint(birds / which, RGB + np.array([9, 90, 200], np.uint8))
+    data = load_data(f"folder:{birds}", val_fraction=0.0)
+    assert data.in_channels == 3
+    part = data.train if which.startswith("train") else data.test
+    assert (part.x == torch.tensor([9, 90, 200])[:, None, None]).flatten(1).all(1).sum() == 1
+
+
+def test_content_decides_not_size_and_time(birds):
+    one, other = birds / "train/owl/1.png", birds / "train/owl/2.png"
+    a, b = (np.random.default_rng(k).integers(0, 256, (8, 8, 3), dtype=np.uint8) for k in range(2))
+    Image.fromarray(a).save(one.with_suffix(".bmp")), Image.fromarray(b).save(other.with_suffix(".bmp"))
+    one.unlink(), other.unlink()
+    one, other = one.with_suffix(".bmp"), other.with_suffix(".bmp")
+    os.utime(one, ns=(10**18, 10**18)), os.utime(other, ns=(10**18, 10**18))
+    before = load_data(f"folder:{birds}", val_fraction=0.0)
+    one.rename(birds / "x"), other.rename(one), (birds / "x").rename(other)
+    assert load_data(f"folder:{birds}", val_fraction=0.0).sha256 != before.sha256
+
+
+def test_a_swapped_cache_is_refused(birds):
+    cache = birds.parent / "cache"
+    load_data(f"folder:{birds}"), load_data(f"folder:{birds}", image_size=8)
+    one, other = sorted(cache.iterdir())
+    shutil.copy(one, other)
+    with pytest.raises(ValueError, match="is damaged: delete it"):
+        load_data(f"folder:{birds}"), load_data(f"folder:{birds}", image_size=8)
+
+
+def test_relative_paths_are_the_shells(birds, tmp_path, monkeypatch):
+    monkeypatch.delenv("KDNB_DATA", raising=False)
+    whole = load_data(f"folder:{birds}")
+    monkeypatch.chdir(birds.parent)
+    assert load_data("folder:./birds", tmp_path / "none").sha256 == whole.sha256
+    assert load_data("folder:birds", tmp_path / "none").sha256 == whole.sha256
+    monkeypatch.chdir(birds)
+    assert load_data("folder:../birds").name == load_data("folder:.").name == "birds"
+    paint(tmp_path / "root/birds/train/a/0.png", RGB), paint(tmp_path / "root/birds/train/b/0.png", RGB)
+    paint(tmp_path / "root/birds/test/a/0.png", RGB)
+    monkeypatch.chdir(birds.parent)
+    assert load_data("folder:birds", tmp_path / "root").train.classes == ("a", "b")  # below root first
+
+
+@pytest.mark.parametrize("sizes, fraction", [((20, 2), 0.3), ((40, 2, 2, 1), 0.2), ((10, 10), 0.5)])
+def test_the_split_takes_its_share_of_every_class(sizes, fraction):
+    labels = torch.cat([torch.full((n,), k) for k, n in enumerate(sizes)])
+    for seed in range(60):
+        for split in ("auto", "class"):
+            kept, held, how = _split(labels, fraction, seed, split)
+            assert torch.cat([kept, held]).sort().values.equal(torch.arange(len(labels)))
+            counts = torch.bincount(labels[held], minlength=len(sizes))
+            for n, taken in zip(sizes, counts.tolist(), strict=True):
+                assert taken < n and (how == "plain" or abs(taken - fraction * n) < 1), (seed, split)
+    assert any(_split(labels, fraction, seed, "plain")[2] == "plain" for seed in range(3))
+
+
+def test_the_recorded_split_stays(birds):
+    data = load_data("digits")
+    assert data.describe()["split"] == "plain" and data.sha256 == load_data("digits", split="plain").sha256
+    assert data.sha256.startswith("f557e6bcf281")
+    by_class = load_data("digits", split="class")
+    assert by_class.describe()["split"] == "class" and by_class.sha256 != data.sha256
 
 
 def test_a_damaged_cache_is_named(birds):
@@ -117,10 +275,27 @@ def test_values_out_of_range():
     refuses(r"\(N, C, H, W\)", lambda: Images(grey[0], labels, ("a",)))
     refuses("got torch.int32", lambda: Images(grey.int(), labels, ("a",)))
     refuses(r"labels must lie in \[0, 1\)", lambda: Images(grey, labels - 1, ("a",)))
+    refuses("whole numbers", lambda: Images(grey, labels + 0.5, ("a",)))
+    assert Images(grey + 1 + 1e-7, labels, ("a",)).x.unique().tolist() == [255]
+    refuses("got \\[1.001, 1.001\\]", lambda: Images(grey + 1.001, labels, ("a",)))
     images = Images(grey, labels, ("a",))
     refuses("augment must be", lambda: Batches(images, 1, augment="flip"))
-    refuses(r"batch_size must lie in \[1, 3\]", lambda: Batches(images, 4))
+    refuses(r"batch_size must be a whole number in \[1, 3\]", lambda: Batches(images, 4))
     refuses("padding", lambda: Batches(images, 1, augment="crop", padding=-1))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), -1, "4", None, True])
+def test_numbers_are_numbers(bad):
+    images = Images(torch.zeros(3, 1, 4, 4), torch.zeros(3), ("a",))
+    refuses("val_fraction", lambda: load_data("digits", val_fraction=bad))
+    refuses("image_size", lambda: load_data("digits", image_size=bad))
+    refuses("batch_size", lambda: Batches(images, bad))
+    refuses("padding", lambda: Batches(images, 1, padding=bad))
+    for toy in (moons, rings):
+        refuses("noise must", lambda: toy(noise=bad))  # noqa: B023
+        refuses("n must", lambda: toy(bad))  # noqa: B023
+    refuses("split must be auto, plain or class", lambda: load_data("digits", split=bad))
+    refuses("unknown data", lambda: check_data(bad))
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.booleans(), st.sampled_from(["none", "crop", "crop_flip"]))
