@@ -120,12 +120,14 @@ def sweep(
 ) -> dict:  # name of the executed notebook -> "done", "skipped" or "failed: why"
     "Run a grid; skip what is recorded, go on past a failed run. Bad input is refused before the first run."
     check_numbers("whole >= 1", jobs=jobs)
-    if not grid or not all(grid.values()): raise ValueError(f"a sweep needs values to combine, got {shown(grid)}")
+    if not grid or not all(grid.values()):
+        raise ValueError(f"a sweep needs values to combine, got {shown(grid)}")
     points, report = _points(name, grid, preset, parameters, folder)
     with ThreadPoolExecutor(jobs) as pool, _lifeline() as line:
         def check(out): return _check_setup(notebooks()[points[out][0]], points[out][1], _run_folder())
         list(pool.map(check, [out for out, point in points.items() if not point[2]]))
-        env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ, "KDNB_LIFELINE": "1"}
+        threads = str(max(1, (os.cpu_count() or 1) // jobs))
+        env = {"OMP_NUM_THREADS": threads, **os.environ, "KDNB_LIFELINE": "1"}
         def run(out):
             full, values, recorded = points[out]
             words = ["run", full, "-o", str(Path(folder) / out)]
@@ -164,7 +166,8 @@ def _lifeline():  # a pipe's end to read from; the other one closes with the blo
 
 def _run_apart(words, line, env):  # the `kdnb` command in a process of its own -> "done" or "failed: why"
     command = [sys.executable, "-m", "kdnb.runner", *words]
-    done = subprocess.run(command, stdin=line, capture_output=True, text=True, env=env, start_new_session=True)
+    done = subprocess.run(command, stdin=line, capture_output=True, text=True, env=env,
+                          start_new_session=True)
     said = (done.stderr.strip() or "no message").splitlines()[-1].removeprefix("kdnb: ")
     return f"failed: {said}" if done.returncode else "done"
 

@@ -16,7 +16,6 @@ import os
 import platform
 import re
 import subprocess
-import sys
 import time
 import warnings
 from contextlib import suppress
@@ -90,7 +89,8 @@ def run_card(
             "device": _device_name(parameters.get("device", "cpu")), "threads": torch.get_num_threads(),
             "python": platform.python_version(), "torch": str(torch.__version__), "kdnb": __version__,
             "commit": _commit(), "seconds": round(time.time() - started if seconds is None else seconds, 2),
-            "key": _key(parameters), "samples_per_s": samples_per_s and round(samples_per_s, 1), "extra": extra or {},
+            "key": _key(parameters), "extra": extra or {},
+            "samples_per_s": samples_per_s and round(samples_per_s, 1),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))}
     return json.loads(json.dumps(card, allow_nan=False))
 
@@ -102,7 +102,7 @@ def _torn(data):  # bytes of a file of cards -> where a last line begins that is
     return None
 
 def save_card(card: dict, folder: str | Path) -> Path | None:  # of NOTEBOOK.jsonl; folder "" keeps nothing
-    "Append the card as one line, beside other processes; OSError, and the file as it was, if the disk is full."
+    "Append the card as one line, beside other processes; OSError, the file as it was, if the disk is full."
     if not str(folder):
         return None
     path = Path(folder) / f"{card['notebook']}.jsonl"
@@ -271,7 +271,7 @@ def _plain_yaml(yaml, text):  # no aliases, no depth, no name twice, no number i
         if isinstance(event, yaml.AliasEvent): raise ValueError("aliases are not allowed")
         if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and re.fullmatch(
                 r"[-+]?(0[\d_]+|[\d_]+(:[0-5]?\d)+(\.\d*)?)", event.value):
-            raise ValueError(f"{shown(event.value)} is not read as a decimal number: write it as one, or quote it")
+            raise ValueError(f"{shown(event.value)} is no decimal number: write it as one, or quote it")
     nodes = [yaml.compose(text, yaml.SafeLoader)]
     for node in nodes:
         if isinstance(node, yaml.MappingNode):
@@ -305,7 +305,7 @@ def protocol_name(
     notebook: str, parameters: dict,  # "10_kd"; those of a run
     data: str = "",  # name of the data set; "" does not say it
 ) -> tuple:  # "mnist, epochs=3"; whether this is exactly the shipped preset; "1a2b3c4d", for file names
-    "A protocol in words: its preset, and what differs from it; and its short hash, in which paths count in full."
+    "A protocol in words: its preset, and what differs; its short hash, in which paths count in full."
     preset = parameters.get("preset", "default")
     found = read_parameters(notebooks()[notebook]) if notebook in notebooks() else {}
     defaults = {k: v[1] for k, v in found.items()}
@@ -387,7 +387,7 @@ class ResultsTable:
         self.notes = ["ours: mean ± sample standard deviation over n seeds; accuracies in percent; "
                       "minutes of one run", *sources]
 
-    def _tables(self):  # each text in one line; as lists of lines of cells, the heads first; a grid follows the plain rows
+    def _tables(self):  # lists of lines of cells, the heads first; a grid follows the plain rows
         plain = _plain([r for r in self.rows if " | " not in r["quantity"]])
         grid = _grid([r for r in self.rows if " | " in r["quantity"]])
         found = [cells for cells in (plain, grid) if len(cells) > 1] or [[["no recorded runs yet"]]]
@@ -404,7 +404,8 @@ class ResultsTable:
     def _repr_markdown_(self):
         blocks = []
         for cells in self._tables():
-            lines = ["| " + " | ".join(html.escape(c, False).replace("|", r"\|") for c in line) + " |" for line in cells]
+            safe = [[html.escape(c, False).replace("|", r"\|") for c in line] for line in cells]
+            lines = ["| " + " | ".join(line) + " |" for line in safe]
             blocks.append("\n".join([lines[0], "|---" * len(cells[0]) + "|", *lines[1:]]))
         return "\n\n".join([*blocks, "<br>".join(html.escape(n, False) for n in self.notes)])
 
@@ -426,7 +427,7 @@ def results_table(
         key = mine, not known, label, str(data.get("sha256"))
         groups.setdefault(key, {})[card["seed"]] = card
     rows = []
-    for mine, unknown, label, sha256 in sorted(groups):
-        group = list(groups[mine, unknown, label, sha256].values())
-        rows += _rows(mine + label, group, {} if unknown else paper[group[0]["preset"]])
+    for mine, other, label, sha256 in sorted(groups):
+        group = list(groups[mine, other, label, sha256].values())
+        rows += _rows(mine + label, group, {} if other else paper[group[0]["preset"]])
     return ResultsTable(notebook, rows)

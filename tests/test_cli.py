@@ -483,7 +483,8 @@ def test_save_and_load(tmp_path):
         assert len(load_cards("90_toy", tmp_path)) == 2
     with pytest.warns(UserWarning, match="is now in 90_toy.torn"):
         save_card(card(2), tmp_path)
-    assert len(load_cards("90_toy", tmp_path)) == 3 and (tmp_path / "90_toy.torn").read_text() == '{"notebook"\n'
+    assert len(load_cards("90_toy", tmp_path)) == 3
+    assert (tmp_path / "90_toy.torn").read_text() == '{"notebook"\n'
     path.write_text(path.read_text().rstrip())  # as an editor leaves it
     save_card(card(3), tmp_path)
     assert len(load_cards("90_toy", tmp_path)) == 4
@@ -544,7 +545,8 @@ def test_checkpoints_are_named_by_the_protocol(toy):
     def key(**changes):
         return protocol_name("90_toy", {"preset": "default", "seed": 0} | changes)[2]
     assert re.fullmatch("[0-9a-f]{8}", key())
-    assert key(results="/a/b", checkpoints="/c", threads=4, device="cuda", seed=3, root="/d") == key() == key(lr=0.1)
+    elsewhere = dict(results="/a/b", checkpoints="/c", threads=4, device="cuda", seed=3, root="/d")
+    assert key(**elsewhere) == key() == key(lr=0.1)
     others = [key(lr=0.2), key(steps=3), key(data="folder:/v1/imgs"), key(data="folder:/v2/imgs"), key()]
     assert len({*others}) == 5 and key(lr=1) == key(lr=1.0)
 
@@ -565,7 +567,8 @@ def test_html_stays_out_of_the_table(toy):
     assert "two lines" in str(table) and "two\nlines" not in str(table)
 
 
-BOMB = "a: &a [1, 1]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi"))
+_PAIRS = zip("abcdefgh", "bcdefghi", strict=True)
+BOMB = "a: &a [1, 1]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in _PAIRS)
 
 
 @pytest.mark.parametrize(
@@ -602,7 +605,8 @@ def test_names_of_runs(toy):
     cards = [card(data="folder:/v1/imgs")]
     save_card(cards[0], "mine")
     def like(data):
-        return len(load_cards("90_toy", "mine", like=plan_run("toy", None, {"data": data})[2] | {"results": "x"}))
+        asked = plan_run("toy", None, {"data": data})[2] | {"results": "x"}
+        return len(load_cards("90_toy", "mine", like=asked))
     assert (like("folder:/v1/imgs"), like("folder:/v2/imgs")) == (1, 0)
 
 
@@ -617,7 +621,8 @@ def test_sweep_leaves_no_run_behind(toy, number):
     child = subprocess.Popen([sys.executable, "-m", "kdnb.runner", *words], preexec_fn=heard,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     end = time.time() + 90
-    while len([p for p in (toy / "nbs").glob("asleep*") if p.read_text()]) < 2 and time.time() < end: time.sleep(0.2)
+    while time.time() < end and len([p for p in (toy / "nbs").glob("asleep*") if p.read_text()]) < 2:
+        time.sleep(0.2)
     kernels = [int(p.read_text()) for p in (toy / "nbs").glob("asleep*")]
     assert len(kernels) == 2
     child.send_signal(number)
