@@ -123,6 +123,7 @@ def train_mode(*students: nn.Module) -> nn.Module:  # the first of them
         for module in quiet: module.training = False
     return students[0]
 
+# %% ../nbs/03_training.ipynb #5b1b7b45
 def freeze(
     teacher: nn.Module,       # put into eval mode; its parameters require no gradient from here on
     *students: nn.Module,     # which must not share a tensor with it
@@ -131,6 +132,7 @@ def freeze(
     check_apart(teacher, *students)
     return teacher.eval().requires_grad_(False)
 
+# %% ../nbs/03_training.ipynb #35341221
 def update(
     optimizer: Optimizer,
     loss: Tensor,             # scalar
