@@ -271,7 +271,8 @@ def _plain_yaml(yaml, text):  # no aliases, no depth, no name twice, no number i
         if isinstance(event, yaml.AliasEvent): raise ValueError("aliases are not allowed")
         if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and re.fullmatch(
                 r"[-+]?(0[\d_]+|[\d_]+(:[0-5]?\d)+(\.\d*)?)", event.value):
-            raise ValueError(f"{shown(event.value)} is not read as a decimal number; write it so, or quote it")
+            what = "is not read as a decimal number; write it so, or quote it"
+            raise ValueError(f"{shown(event.value)} {what}")
     nodes = [yaml.compose(text, yaml.SafeLoader)]
     for node in nodes:
         if isinstance(node, yaml.MappingNode):
