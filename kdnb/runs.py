@@ -69,6 +69,18 @@ def _commit():  # "1a2b3c4", with "+" if anything but recorded results changed s
 def _is_accuracy(quantity):  # "kd_accuracy", "pgd20-linf-8/255"; of "row | column" the column decides
     return bool(re.search(r"accuracy|-(linf|l2)-\d[\d./e-]*$", quantity.rpartition(" | ")[2]))
 
+# %% ../nbs/05_runs.ipynb #ab29309b
+_MACHINE = ["seed", "device", "root", "results", "download", "threads", "workers", "compile", "progress",
+            "checkpoint", "checkpoints", "resume", "trackers"]  # who and where, not what
+
+def _protocol(parameters):  # what defines an experiment
+    return {k: v for k, v in _portable(parameters).items() if k not in _MACHINE}
+
+def _key(parameters):  # its short hash: paths count in full, and 1 is 1.0
+    def plain(v): return float(v) if type(v) is int and abs(v) < 2**53 else v
+    values = sorted((k, plain(v)) for k, v in parameters.items() if k not in _MACHINE)
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:8]
+
 # %% ../nbs/05_runs.ipynb #95c98833
 def run_card(
     notebook: str, parameters: dict,  # such as "10_kd"; what `run_parameters` returned
@@ -130,18 +142,6 @@ def _lock(file):  # until it is closed; where files cannot be locked, a card is 
     with suppress(ImportError, OSError):
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX)
-
-# %% ../nbs/05_runs.ipynb #ab29309b
-_MACHINE = ["seed", "device", "root", "results", "download", "threads", "workers", "compile", "progress",
-            "checkpoint", "checkpoints", "resume", "trackers"]  # who and where, not what
-
-def _protocol(parameters):  # what defines an experiment
-    return {k: v for k, v in _portable(parameters).items() if k not in _MACHINE}
-
-def _key(parameters):  # its short hash: paths count in full, and 1 is 1.0
-    def plain(v): return float(v) if type(v) is int and abs(v) < 2**53 else v
-    values = sorted((k, plain(v)) for k, v in parameters.items() if k not in _MACHINE)
-    return hashlib.sha256(repr(values).encode()).hexdigest()[:8]
 
 # %% ../nbs/05_runs.ipynb #10ff6c75
 _KEYS = {"notebook": str, "preset": str, "seed": int, "parameters": dict, "metrics": dict, "dataset": dict,
