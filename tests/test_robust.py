@@ -368,7 +368,7 @@ labels = torch.zeros(2, dtype=torch.long)
         (lambda: PGDAT(mlp(), attack_mode="found", fold=True), "fold=True needs .* eval mode, got 'found'"),
         (lambda: ready_attack(partial(fgsm, mode="train"), None, True), "got 'train'"),
         (lambda: PGDAT(mlp(), lr=0), "lr must be > 0, got 0"),
-        (lambda: PGDAT(mlp(), attack=partial(inner, eps=-0.1)).step(*batch()), "number >= 0, got -0.1"),
+        (lambda: PGDAT(mlp(), attack=partial(inner, eps=-0.1)).step(*batch()), "eps must be >= 0, got -0.1"),
         (lambda: PGDAT(mlp(), attack=inner).step(2 * batch()[0], batch()[1]), r"\[0, 1\]"),
     ],
 )
