@@ -130,7 +130,8 @@ def _abm_step(method):
         if not k or method.fresh: x, teacher_logits, theirs = _lesson(method, z)
         logits, ours = _answer(method, method.student, x)
         loss = abm_student_loss(logits, teacher_logits, ours, theirs, method.beta, **method.loss)
-        losses.append(_update(method, method.optimizer, loss))
+        update(method.optimizer, loss, method.clip)
+        losses.append(loss.detach())
         if not k: found |= {"teacher_sure": _sure(teacher_logits), "student_sure": _sure(logits)}
     for schedule in method.schedules:
         if schedule.last_epoch < schedule.T_max: schedule.step()
@@ -142,15 +143,7 @@ def _generator_step(method, z):
         x = method.generator(z)
         logits, teacher_logits = (logits_of(net(x), len(x)) for net in (method.student, method.teacher))
         loss = generator_loss(logits, teacher_logits, method.loss["reduction"])
-        return _update(method, method.generator_optimizer, loss)
-
-def _update(method, optimizer, loss):
-    def clip(*_):
-        weights = [p for group in optimizer.param_groups for p in group["params"]]
-        if method.clip < math.inf: nn.utils.clip_grad_norm_(weights, method.clip)
-
-    with optimizer.register_step_pre_hook(clip):    # the last one: after the mean over processes
-        update(optimizer, loss)
+        update(method.generator_optimizer, loss, method.clip)
     return loss.detach()
 
 # %% ../nbs/21_abm.ipynb #dc8114e2

@@ -139,12 +139,14 @@ def update(
     clip: float = math.inf,   # longest gradient, of all its weights together and of the whole run
 ) -> None:
     "One step down a loss; gradients from before do not enter, and none is left."
+    def shorten(*_):
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        if clip < math.inf: nn.utils.clip_grad_norm_(weights, clip)
+
     optimizer.zero_grad()
     loss.backward()
-    if clip < math.inf:
-        if world() > 1: _average_gradients(optimizer)      # clipped after averaging
-        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
-    optimizer.step()
+    with optimizer.register_step_pre_hook(shorten):     # the last one: after the mean over processes
+        optimizer.step()
     optimizer.zero_grad()
 
 # %% ../nbs/03_training.ipynb #6cefbae4

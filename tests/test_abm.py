@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import Two
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -896,17 +897,6 @@ def test_float64_stays_float64():
         assert transition_curves(student, student, images, steps=3).own.dtype == torch.float64
     images = [transition_curves(student, student, v, steps=3).own for v in (x, x.double())]
     assert images[0].equal(images[1])
-
-
-class Two(nn.Module):
-    "Answers with a tuple."
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x):
-        return self.inner(x), None
 
 
 @pytest.mark.parametrize("who", [0, 1])

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import Two
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -800,17 +801,6 @@ def test_float64_stays_float64(digits, teacher):
     assert found[0].shift.equal(found[1].shift)
     losses = BSS(digit_net(seed=1).double(), net, epochs=4).step(x, y)
     assert all(losses[k].dtype == torch.float64 for k in ("loss", "hard", "soft", "boundary"))
-
-
-class Two(nn.Module):
-    "Answers with a tuple."
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x):
-        return self.inner(x), None
 
 
 def test_a_model_that_gives_more_than_logits_is_refused(digits, teacher):

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import Two
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -538,17 +539,6 @@ def test_float64_stays_float64(name, digits):
     (x, y), (student, teacher) = batch(digits), (net().double(), net(1).double())
     found = METHODS[name](student, teacher, x.double(), **SOFT).step(x.double(), y)
     assert all(v.dtype == torch.float64 for v in found.values())
-
-
-class Two(torch.nn.Module):
-    "Answers with a tuple."
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x):
-        return self.inner(x), None
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0])
