@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from .attacks import frozen
 from .checks import check_alike, check_choice, check_labels, check_numbers, full, logits_of
-from .data import _share
+from .data import own_share
 from .features import attention_loss
 from .kd import kd_loss
 from .models import Normalize, features, fold_batchnorm, seeded
@@ -148,7 +148,7 @@ def _generator_step(method, z):
 
 # %% ../nbs/21_abm.ipynb #dc8114e2
 def _noise(method):
-    share = _share(0, method.batch_size)        # of this process
+    share = own_share(0, method.batch_size)        # of this process
     return torch.randn(share.stop - share.start, method.generator.z_size, **_place(method))
 
 def _place(method):

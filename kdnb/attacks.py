@@ -20,7 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .checks import check_alike, check_choice, check_labels, check_numbers, compiling, full, logits_of
+from kdnb.checks import (
+    check_alike,
+    check_choice,
+    check_labels,
+    check_numbers,
+    check_pixels,
+    compiling,
+    full,
+    kl_terms,
+    logits_of,
+)
 
 # %% ../nbs/02_attacks.ipynb #c1d2abf6
 _MODES = "eval", "train", "found"
@@ -87,11 +97,7 @@ def _margin(logits, y):  # the largest wrong logit minus the true one: > 0 is fo
     true = logits.gather(1, y[:, None])[:, 0]
     return logits.scatter(1, y[:, None], -torch.inf).amax(1) - true
 
-def _kl(logits, reference):  # a class whose reference is -inf, a masked one, counts for nothing
-    log_p, log_q = full(reference).log_softmax(1), logits.log_softmax(1)
-    masked = log_p == -torch.inf
-    log_p, log_q = log_p.masked_fill(masked, torch.finfo(log_p.dtype).min), log_q.masked_fill(masked, 0.0)
-    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
+def _kl(logits, reference): return kl_terms(logits, reference).sum(1)
 
 _OBJECTIVES = {"ce": partial(F.cross_entropy, reduction="none"), "margin": _margin, "kl": _kl}
 
@@ -143,9 +149,8 @@ def cut_pixels(
     "Pixels cut to [0, 1]; an error if that would change one by more than rounding, 1e-6."
     if compiling() or not x.numel(): return x
     low, high = torch.stack(x.detach().aminmax()).tolist()
-    if low >= 0 and high <= 1: return x
-    if low >= -1e-6 and high <= 1 + 1e-6: return x.clamp(0, 1)
-    raise ValueError(f"{what} must lie in [0, 1], got {low:.8g} to {high:.8g}")  # NaN too
+    check_pixels(low, high, what)
+    return x if low >= 0 and high <= 1 else x.clamp(0, 1)
 
 def _what(v): return f"{v.dtype} of shape {tuple(v.shape)}" if isinstance(v, Tensor) else type(v).__name__
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .attacks import attack_name, frozen
 from .checks import check_alike, check_choice, check_labels, check_logits, check_numbers, full, logits_of
-from .data import _share
+from .data import own_share
 from .kd import kd_loss
 from .models import Normalize, fold_batchnorm
 from .training import freeze, sgd, train_mode, update
@@ -249,7 +249,7 @@ def _bss_step(method, x, y):
 # %% ../nbs/20_bss.ipynb #ffbf65f7
 def _samples(method, x, y, logits, teacher_logits):
     if not method.attack or not method.weights[1]: return None
-    share = _share(0, method.attack_size)       # of this process
+    share = own_share(0, method.attack_size)       # of this process
     rows = select_base(logits, teacher_logits, y, share.stop - share.start, method.base)
     if not len(rows): return None
     target = sample_target(teacher_logits[rows], y[rows], method.target)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['parse_rule', 'shown', 'check_numbers', 'compiling', 'check_choice', 'unknown', 'check_alike', 'check_logits',
-           'describe', 'logits_of', 'check_labels', 'check_apart', 'full', 'write_whole']
+           'describe', 'logits_of', 'check_pixels', 'check_labels', 'check_apart', 'full', 'kl_terms', 'write_whole']
 
 # %% ../nbs/00_checks.ipynb #b730beea
 import operator
@@ -45,6 +45,7 @@ def shown(value: object, limit: int = 80) -> str:
     words = repr(value)
     return words if len(words) <= limit else f"{words[:limit - 3]}..."
 
+# %% ../nbs/00_checks.ipynb #570c3424
 def check_numbers(rule: str, **values: object) -> None:
     "Raise unless each value is a finite number that obeys the rule; text, None, bools and NaN never do."
     if compiling(): return
@@ -80,6 +81,7 @@ def check_choice(
             words = f"{', '.join(others)} or {last}" if others else last
             raise ValueError(f"{name} must be {words}, got {shown(value)}")
 
+# %% ../nbs/00_checks.ipynb #4fdb18da
 def unknown(
     kind: str,              # "model", "parameter", "layer"
     name: object,           # what was asked for
@@ -111,6 +113,7 @@ def check_logits(**logits: "Tensor") -> None:  # each (B, K), floats
     for name, z in logits.items():
         if not z.is_floating_point(): raise ValueError(f"{name} must hold floats, got {z.dtype}")
 
+# %% ../nbs/00_checks.ipynb #daebc3e2
 def describe(value: object) -> str:  # "shape (3, 4)", "a tuple"
     "What a value is, as a message says it."
     return f"shape {tuple(value.shape)}" if hasattr(value, "shape") else f"a {type(value).__name__}"
@@ -124,6 +127,17 @@ def logits_of(
         raise ValueError(f"the model must return logits of shape ({'B' if count is None else count}, K), got "
                          f"{describe(output)}; wrap a model that returns more")
     return output
+
+# %% ../nbs/00_checks.ipynb #bacb579b
+def check_pixels(
+    low: float,          # the smallest pixel
+    high: float,         # the largest
+    name: str = "pixels",
+    where: str = "",     # such as "at step 7"
+) -> None:
+    "Raise unless pixels lie in [0, 1], but for rounding, 1e-6; NaN does not."
+    if not (low >= -1e-6 and high <= 1 + 1e-6):
+        raise ValueError(f"{name} must lie in [0, 1], got {low:.8g} to {high:.8g} {where}".rstrip())
 
 def check_labels(
     y: "Tensor",         # (B,) integers
@@ -155,6 +169,17 @@ def full(
 ) -> "Tensor":           # the same shape, at least float32; gradient flows
     "At least float32: half precision becomes float32, float32 and float64 stay."
     return values.float() if values.is_floating_point() and values.element_size() < 4 else values
+
+# %% ../nbs/00_checks.ipynb #0c158995
+def kl_terms(
+    student_logits: "Tensor",   # (B, K)
+    teacher_logits: "Tensor",   # (B, K); -inf masks a class, which then counts for nothing
+) -> "Tensor":                  # (B, K), nats, at least float32; a row sums to KL(teacher || student)
+    "What each class adds to the KL divergence of an image."
+    log_student, log_teacher = (full(z).log_softmax(1) for z in (student_logits, teacher_logits))
+    masked = log_teacher == float("-inf")
+    log_student, log_teacher = log_student.masked_fill(masked, 0.0), log_teacher.masked_fill(masked, -1e30)
+    return log_teacher.exp() * (log_teacher - log_student)
 
 # %% ../nbs/00_checks.ipynb #cd49237d
 def write_whole(

@@ -33,8 +33,10 @@ from kdnb.checks import (
     check_labels,
     check_logits,
     check_numbers,
+    check_pixels,
     describe,
     full,
+    kl_terms,
     logits_of,
     shown,
     unknown,
@@ -158,10 +160,7 @@ def kl_divergence(
     "KL(teacher || student), mean over the batch."
     check_choice(("batchmean", "mean"), reduction=reduction)
     check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
-    log_student, log_teacher = (F.log_softmax(full(z), dim=1) for z in (student_logits, teacher_logits))
-    masked = log_teacher == -torch.inf
-    log_teacher = log_teacher.masked_fill(masked, torch.finfo(log_teacher.dtype).min)
-    kl = F.kl_div(log_student.masked_fill(masked, 0.0), log_teacher, reduction="batchmean", log_target=True)
+    kl = kl_terms(student_logits, teacher_logits).sum() / len(student_logits)
     return kl if reduction == "batchmean" else kl / student_logits.shape[1]
 
 # %% ../nbs/03_training.ipynb #71b8b036
@@ -273,9 +272,7 @@ def _check_pixels(losses, step) -> None:
     if not losses.pixels: return
     pairs, losses.pixels = torch.stack(losses.pixels).tolist(), []
     for k, (low, high) in enumerate(pairs):
-        if not (low >= -1e-6 and high <= 1 + 1e-6):
-            where = f"at step {step - len(pairs) + 1 + k}"
-            raise ValueError(f"images must be floats in [0, 1], got [{low:.3g}, {high:.3g}] {where}")
+        check_pixels(low, high, "pixels", f"at step {step - len(pairs) + 1 + k}")
 
 # %% ../nbs/03_training.ipynb #37448526
 class _Progress:

@@ -384,7 +384,8 @@ def test_exported_size(module):
     limit = 250 if name in PAPERS else 450  # machinery below 10 has more parts, each small
     assert size <= limit, f"{name}: {size} exported code lines, at most {limit}"
     names = public(module)
-    assert 2 <= len(names) <= 14, f"{name}: {len(names)} public names, 2 to 14 allowed: {names}"
+    most = 16 if module == "checks" else 14  # rules of a few lines each
+    assert 2 <= len(names) <= most, f"{name}: {len(names)} public names, 2 to {most} allowed: {names}"
 
 
 @each_notebook
