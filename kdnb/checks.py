@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parse_rule', 'shown', 'describe', 'check_numbers', 'compiling', 'check_choice', 'unknown', 'check_alike',
            'check_logits', 'logits_of', 'check_pixels', 'check_labels', 'check_apart', 'full', 'kl_terms',
-           'write_whole']
+           'check_folder', 'write_whole']
 
 # %% ../nbs/00_checks.ipynb #b730beea
 import operator
@@ -183,6 +183,14 @@ def kl_terms(
     return log_teacher.exp() * (log_teacher - log_student)
 
 # %% ../nbs/00_checks.ipynb #cd49237d
+def check_folder(path: str | Path, name: str = "folder") -> None:
+    "Raise unless files can be written there; nothing is made."
+    path = Path(path).absolute()
+    there = next(p for p in (path, *path.parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{name} must be a folder that can be written, got {shown(str(path))}")
+
+# %% ../nbs/00_checks.ipynb #942c6231
 def write_whole(
     path: str | Path,          # its folder is made if need be
     write: Callable | bytes,   # called with a temporary path; or the content itself

@@ -67,6 +67,11 @@ class Images:
         "The images at `index`."
         return replace(self, x=self.x[index], y=self.y[index])
 
+    def first(self, n: int) -> "Images":
+        "The first n images; all of them if n is 0, or more than there are."
+        check_numbers("whole >= 0", n=n)
+        return self.subset(slice(0, n)) if n else self
+
     def floats(self, index=slice(None)) -> Tensor:
         "(N, C, H, W) float32 in [0, 1]; one conversion, for small pieces."
         return self.x[index].float().div_(255)

@@ -15,6 +15,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from itertools import product
 from pathlib import Path
 
 import kdnb
-from .checks import check_numbers, shown
+from .checks import check_folder, check_numbers, shown
 from kdnb.runs import (
     find_notebook,
     first_cells,
@@ -50,6 +51,7 @@ def _output_name(name, every):  # 10_kd.PRESET.what-differs.seed0.ipynb
 
 def _check_output(output):  # its absolute path; never that of a lesson, not even through a link
     output = Path(output).absolute()
+    check_folder(output.parent, "the output's place")
     for lesson in notebooks().values():
         if output.resolve() == lesson or (output.exists() and output.samefile(lesson)):
             raise ValueError(f"the output {output.name} would overwrite the lesson {lesson.name}")
@@ -92,6 +94,20 @@ def _execute(path, output, values, cwd, timeout):
     part.replace(output)
     failed.unlink(missing_ok=True)
 
+# %% ../nbs/06_runner.ipynb #6a138579
+def _experiment(path, folder):  # -> the path of a notebook that holds the experiment alone
+    lesson = json.loads(Path(path).read_text(encoding="utf-8"))
+    cells, sources = lesson["cells"], ["".join(cell["source"]) for cell in lesson["cells"]]
+    first = next(i for i, cell in enumerate(cells) if "parameters" in cell["metadata"].get("tags", []))
+    last = next((i for i, s in enumerate(sources) if i > first and re.search(r"(?m)^## 9\b", s)), len(cells))
+    module = re.search(r"(?m)^#\| *default_exp +(\w+)", "\n".join(sources))
+    names = f"import kdnb.{module[1]}\nglobals().update(vars(kdnb.{module[1]}))" if module else ""
+    head = {"cell_type": "code", "id": "exported", "metadata": {}, "execution_count": None, "outputs": [],
+            "source": names}
+    file = Path(folder) / Path(path).name
+    file.write_text(json.dumps(lesson | {"cells": [head, *cells[first:last]]}), encoding="utf-8")
+    return file
+
 # %% ../nbs/06_runner.ipynb #4b84fdd9
 def run_notebook(
     name: str, *, preset: str | None = None,  # "10_kd" or "kd"; a named experiment or the path of a yaml file
@@ -99,6 +115,7 @@ def run_notebook(
     output: str | Path | None = None,  # the executed notebook; None: runs/NOTEBOOK.PRESET.seedN.ipynb
     cwd: str | Path | None = None,  # where it works; None: beside the lessons, for an installed kdnb: here
     timeout: float | None = None, log=print,  # limit for one cell in seconds; called with a line at the start
+    experiment: bool = False,  # only sections 7 and 8, without the lesson around them
 ) -> Path:  # of the executed notebook
     "Run a lesson: ValueError before any work if the input is bad, RuntimeError if a cell fails."
     name, values, every = plan_run(name, preset, parameters)
@@ -109,7 +126,9 @@ def run_notebook(
     _check_setup(notebooks()[name], values, cwd)
     output.parent.mkdir(parents=True, exist_ok=True)
     log(f"{name}: preset {every.get('preset')}, seed {every.get('seed')}")
-    _execute(notebooks()[name], output, values, cwd, timeout)
+    with tempfile.TemporaryDirectory() as folder:
+        lesson = notebooks()[name]
+        _execute(_experiment(lesson, folder) if experiment else lesson, output, values, cwd, timeout)
     return output
 
 # %% ../nbs/06_runner.ipynb #ccc48109
@@ -130,7 +149,7 @@ def sweep(
         env = {"OMP_NUM_THREADS": threads, **os.environ, "KDNB_LIFELINE": "1"}
         def run(out):
             full, values, recorded = points[out]
-            words = ["run", full, "-o", str(Path(folder) / out)]
+            words = ["run", full, "--experiment", "-o", str(Path(folder) / out)]
             words += [word for k, v in values.items() for word in ("-p", k, str(v))]
             report[out] = "skipped" if recorded else _run_apart(words, line, env)
             log(f"{out}: {report[out]}")
@@ -249,6 +268,7 @@ def _parser():
         sub.add_argument("-p", dest="set", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
                          help="set a parameter; see kdnb list NAME; may be repeated")
         sub._negative_number_matcher = re.compile(r"-\.?\d[\d.eE+-]*")  # so that -1e-3 is a value
+    run.add_argument("--experiment", action="store_true", help="without the lesson around it")
     run.add_argument("-o", dest="output", metavar="OUT.ipynb", help="default: runs/NAME.PRESET.seedN.ipynb")
     grid.add_argument("-g", dest="grid", action="append", required=True, metavar="NAME=V1,V2",
                       help="values of a parameter; all combinations of repeated -g are run")
@@ -277,7 +297,7 @@ def _command(args):  # -> exit code
             raise ValueError(f"{shown(twice[0])} is set twice")
         common = {"preset": args.preset, "parameters": {k: read(k, v) for k, v in args.set}}
         if args.command == "run":
-            out = run_notebook(args.name, output=args.output, **common)
+            out = run_notebook(args.name, output=args.output, experiment=args.experiment, **common)
             table = _shown_table(out, find_notebook(args.name))
             print(f"\n{table}\n\nthe executed notebook: {os.path.relpath(out)}")
         else:

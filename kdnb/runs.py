@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from . import __version__
-from .checks import check_numbers, shown, unknown
+from .checks import check_choice, check_numbers, parse_rule, shown, unknown
 
 # %% ../nbs/05_runs.ipynb #c04f2363
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool}
@@ -239,7 +239,7 @@ def read_parameters(path: str | Path) -> dict:  # of a notebook -> {name: (type,
 # %% ../nbs/05_runs.ipynb #2456865e
 def _check(declared, values):  # unknown names, wrong types
     for name, value in values.items():
-        if name not in declared: raise unknown("parameter", name, declared, "all of them: kdnb list NAME")
+        if name not in declared: raise _unknown(name, declared)
         kind = declared[name][0]
         fits = type(value) in ((float, int) if kind is float else (kind,))
         if not fits or (kind is float and not abs(value) < float("inf")):
@@ -247,6 +247,40 @@ def _check(declared, values):  # unknown names, wrong types
             if kind is float and isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+[eE][-+]?\d+", value):
                 hint = " (YAML takes 1e-3 for text: write 1.0e-3)"
             raise ValueError(f"{name} must be {kind.__name__}, got {shown(value)}{hint}")
+        _rule(*declared[name])(name, value)
+
+# %% ../nbs/05_runs.ipynb #87289045
+def _rule(kind, default, words):  # what a comment begins with: "> 0;", "each in (0, 1);", "none, crop;"
+    rule, each = words.partition(";")[0].strip(), kind is str and words.startswith("each ")
+    rule = rule.removeprefix("each ")
+    if (each or kind in (int, float)) and re.fullmatch(r"(whole )?(in [\[(].+[\])]|[<>]=? [\d.]+)", rule):
+        rule = "whole " * (kind is int) + rule
+        parse_rule(rule)
+        return lambda name, value: [check_numbers(rule, **{name: v}) for v in _numbers_in(value, each, rule)]
+    choices = [choice.strip('"') for choice in re.split(r", | or ", rule)]
+    words_only = all(re.fullmatch(r"[\w.-]*", choice) for choice in choices)
+    if kind is str and len(choices) > 1 and default in choices and words_only:
+        return lambda name, value: check_choice(choices, **{name: value})
+    return lambda name, value: None
+
+def _numbers_in(value, each, rule):  # "0.5 2" -> numbers; a word that is none stays, and is refused
+    def read(word):
+        try: return int(word) if rule.startswith("whole") else float(word)
+        except ValueError: return word
+    return [read(word) for word in value.split()] if each else [value]
+
+# %% ../nbs/05_runs.ipynb #25f51e49
+_NOW = {
+    "lr_milestones": "lr_drops: shares of the epochs", "adv_lr_decay": "robust_lr_decay",
+    "adv_epochs": "robust_epochs, and arms to leave that part out", "network": "student", "large": "teacher",
+    "few": "student_images", "pretrain_epochs": "hint_epochs", "beta_fitnet": "fitnet_beta",
+    "beta_at": "at_beta", "beta_fsp": "fsp_beta", "variants": "arms", "short_steps": "short_iterations",
+    "data_lr": "lr", "steps": "attack_steps (of an attack) or iterations (of ABM)",
+}
+
+def _unknown(name, declared):  # the names of version 0.1 are refused with today's
+    if now := _NOW.get(name): return ValueError(f"{name} is now {now}")
+    return unknown("parameter", name, declared, "all of them: kdnb list NAME")
 
 # %% ../nbs/05_runs.ipynb #07f09b7b
 def _yaml(path):  # {name: value}; nothing but plain, small and unambiguous YAML

@@ -2,8 +2,10 @@
 
 import ast
 import base64
+import builtins
 import configparser
 import io
+import itertools
 import json
 import os
 import re
@@ -13,11 +15,14 @@ import subprocess
 import sys
 import sysconfig
 import tokenize
+from importlib import import_module
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
+
+from kdnb.runs import plan_run, read_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = Path(sysconfig.get_path("scripts"))
@@ -48,6 +53,8 @@ SHAPE = re.compile(r"\([^()]*\b[A-Z]\b[^()]*\)|\bscalar\b|\bshape\b")
 MACHINE = re.compile(r"(?<![\w.~])/(home|root|tmp|work|Users)/|\b[A-Z]:\\\\?Users\b")
 
 each_notebook = pytest.mark.parametrize("name", NOTEBOOKS)
+LESSONS = [n for n in PAPERS if '"## 7' in NOTEBOOKS[n].read_text(encoding="utf-8").split('"parameters"')[0]]
+each_lesson = pytest.mark.parametrize("name", LESSONS)
 each_paper = pytest.mark.parametrize("name", PAPERS)
 
 
@@ -334,6 +341,81 @@ def test_one_parameters_cell_of_literals(name):
     assert not missing, f"{name}: every paper notebook has the parameters {sorted(missing)}"
 
 
+HOUSE = "augment precision compile device threads seed checkpoints results max_steps".split()
+DATA = "preset data root download image_size val_fraction train_images".split()
+
+
+@each_lesson
+def test_parameters_have_one_vocabulary(name):
+    found = read_parameters(NOTEBOOKS[name])
+    assert [*found][: len(DATA)] == DATA, f"{name}: begins with {DATA}"
+    assert [*found][-len(HOUSE) :] == HOUSE, f"{name}: ends with {HOUSE}"
+    assert {"arms", "batch_size", "lr", "weight_decay"} <= {*found}, f"{name}: a word is missing"
+
+
+def outside(kind):
+    "Values of which every rule refuses one."
+    return ["neither this nor that", "-1", "2 x"] if kind is str else [-1, 0, kind(2), kind(10**9)]
+
+
+@each_lesson
+def test_every_rule_is_kept(name):
+    free = {"preset", "root", "checkpoints", "results", "arms"}  # asked elsewhere, or free
+    for key, (kind, _, words) in read_parameters(NOTEBOOKS[name]).items():
+        if kind is bool or key in free or words.startswith(("a model", "models", "a layer", "where to")):
+            continue
+        refused = 0
+        for value in outside(kind) if key != "data" else []:
+            try:
+                plan_run(name, parameters={key: value})
+            except ValueError as error:
+                assert key in str(error), f"{name}: {key}: {error}"
+                refused += 1
+        assert refused or key == "data", f"{name}: {key}: the comment begins with no rule: {words}"
+
+
+def halves(name):
+    "(code of the lesson, code of the experiment): from the parameters to section 9 it is the experiment's."
+    cells, inside, lesson, experiment = load(name)["cells"], False, [], []
+    for cell in cells:
+        source = "".join(cell["source"])
+        inside |= "parameters" in cell["metadata"].get("tags", [])
+        inside &= not (cell["cell_type"] == "markdown" and re.search(r"(?m)^## 9\b", source))
+        if cell["cell_type"] == "code":
+            (experiment if inside else lesson).append(source)
+    return lesson, experiment
+
+
+def strangers(name, cells):
+    "Names that a half of a notebook uses, and neither makes, imports nor finds in the exported module."
+    tree = ast.parse("\n".join(ast.unparse(parse(s)) for s in cells))
+    exported = vars(import_module(f"kdnb.{module_of(name)}"))
+    used, made = set(), {*dir(builtins), *exported, "display", "get_ipython"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            (used if isinstance(node.ctx, ast.Load) else made).add(node.id)
+        made |= {node.arg} if isinstance(node, ast.arg) else set()
+        made |= {node.name} if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.ExceptHandler) else set()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            made |= {(a.asname or a.name).split(".")[0] for a in node.names}
+    return used - made
+
+
+@each_lesson
+def test_lesson_and_experiment_stand_by_themselves(name):
+    for half, cells in zip(("lesson", "experiment"), halves(name), strict=True):
+        for stranger in strangers(name, cells):
+            where = next(s for s in cells if re.search(rf"\b{stranger}\b", s))
+            raise AssertionError(f"{name}: the {half} uses {stranger}, which it does not make:\n{where}")
+
+
+@each_lesson
+def test_the_question_comes_first(name):
+    before = itertools.takewhile(lambda c: "## 1." not in "".join(c["source"]), load(name)["cells"])
+    lines = sum(len(code_lines("".join(c["source"]))) for c in before if c["cell_type"] == "code")
+    assert lines <= 15, f"{name}: {lines} code lines before section 1, at most 15"
+
+
 @each_notebook
 def test_no_leftovers_of_a_run(name):
     nb = load(name)
@@ -384,13 +466,15 @@ def test_exported_size(module):
     limit = 250 if name in PAPERS else 450  # machinery below 10 has more parts, each small
     assert size <= limit, f"{name}: {size} exported code lines, at most {limit}"
     names = public(module)
-    most = 16 if module == "checks" else 14  # rules of a few lines each
+    most = 17 if module == "checks" else 14  # rules of a few lines each
     assert 2 <= len(names) <= most, f"{name}: {len(names)} public names, 2 to {most} allowed: {names}"
 
 
 @each_notebook
 def test_cells_are_small(name):
-    sizes = sorted(len(code_lines(s)) for s in sources(name) if code_lines(s))
+    cells = [c for c in load(name)["cells"] if "parameters" not in c["metadata"].get("tags", [])]
+    cells = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    sizes = sorted(len(code_lines(s)) for s in cells if code_lines(s))
     share, middle = sum(n <= 18 for n in sizes) / len(sizes), statistics.median(sizes)
     most, least = (6, 0.9) if name in PAPERS else (8, 0.8)
     assert middle <= most, f"{name}: the median code cell has {middle} lines, at most {most}"
