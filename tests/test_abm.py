@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Two
+from conftest import Two, state, stream
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -27,10 +27,6 @@ from kdnb.training import fit
 SHAPE = dict(num_classes=4, in_channels=1, image_size=8)
 
 
-def stream(seed):
-    return torch.Generator().manual_seed(seed)
-
-
 def pair(student="resnet8", teacher="resnet8"):
     nets = [create_model(name, **SHAPE, seed=i) for i, name in enumerate((student, teacher))]
     with torch.no_grad():
@@ -45,10 +41,6 @@ def method(student="resnet8", teacher="resnet8", **choices):
     student, teacher = pair(student, teacher)
     usual = dict(steps=10, batch_size=8, student_steps=3)
     return ABM(student, teacher, Generator(5, 1, 8, seed=3), **usual | choices)
-
-
-def state(module):
-    return {k: v.clone() for k, v in module.state_dict().items()}
 
 
 def moved(before, module):

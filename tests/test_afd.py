@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import same, state, stream
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -31,10 +32,6 @@ SHAPE = dict(num_classes=4, in_channels=1, image_size=8)
 MIXED = ["resnet8", "wrn_10_2"]  # 64 and 128 channels
 
 
-def stream(seed):
-    return torch.Generator().manual_seed(seed)
-
-
 def nets(*names):
     return [create_model(name, **SHAPE, seed=i) for i, name in enumerate(names or ["resnet8"] * 2)]
 
@@ -51,16 +48,8 @@ def batches(count=3):
     return [images(8, 10 + k) for k in range(count)]
 
 
-def state(module):
-    return {k: v.clone() for k, v in module.state_dict().items()}
-
-
 def modules(afd):
     return afd.networks + getattr(afd, "transfers", []) + getattr(afd, "discriminators", [])
-
-
-def same(a, b):
-    return all(torch.equal(v, w) for v, w in zip(state(a).values(), state(b).values(), strict=True))
 
 
 # ---------------------------------------------------------------- losses

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import same, stream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -18,10 +19,6 @@ from kdnb.attacks import attack_name, bim, cw, fgsm, frozen, pgd, project
 from kdnb.models import create_model, fold_batchnorm
 
 EPS = 8 / 255
-
-
-def stream(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def pictures(n=16, channels=3, size=16, seed=0):
@@ -352,14 +349,6 @@ def state(model):
     grads = {k: (p.requires_grad, p.grad is None or (p.grad.data_ptr(), p.grad.clone()))
              for k, p in model.named_parameters()}
     return values, grads, {k: m.training for k, m in model.named_modules()}
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return a.equal(b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, tuple) else a == b
 
 
 @each_attack

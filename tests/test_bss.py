@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Two
+from conftest import Two, stream
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -32,10 +32,6 @@ from kdnb.models import create_model
 from kdnb.training import Supervised, fit
 
 FREE = dict(low=-math.inf, high=math.inf)
-
-
-def stream(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def linear(classes=3, inputs=5, seed=0):

@@ -15,7 +15,7 @@ from torch import nn
 
 import kdnb.evaluation as evaluation
 from kdnb.attacks import attack_name, fgsm, pgd
-from kdnb.data import Batches, Images, load_data
+from kdnb.data import Batches, Images
 from kdnb.evaluation import (
     Verdict,
     agreement,
@@ -36,12 +36,6 @@ EPS = 0.1
 class Hardened(Supervised):
     def step(self, x, y):
         return super().step(pgd(self.student, x, y, eps=EPS, steps=5), y)
-
-
-@pytest.fixture(scope="module")
-def digits():
-    torch.set_num_threads(1)
-    return load_data("digits")
 
 
 def trained(digits, method, name="mlp_64_64", epochs=15):

@@ -6,11 +6,11 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Two
+from conftest import Two, same
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdnb.data import Batches, load_data
+from kdnb.data import Batches
 from kdnb.features import (
     AT,
     FSP,
@@ -190,21 +190,12 @@ def test_fsp_loss_is_a_mean_over_pairs_and_forgets_places(seed):
 # ---------------------------------------------------------------- methods
 
 
-@pytest.fixture(scope="module")
-def digits():
-    return load_data("digits")
-
-
 def net(seed=0, name="resnet8"):
     return create_model(name, in_channels=1, image_size=8, seed=seed)
 
 
 def batch(digits):
     return digits.train.floats()[:16], digits.train.y[:16]
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(v.equal(b[k]) for k, v in a.items())
 
 
 SOFT = dict(soft=partial(kd_loss, temperature=4.0), alpha=0.9)

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -47,10 +48,6 @@ def mlp(seed=0):
 def batch(n=32, seed=3):
     g = torch.Generator().manual_seed(seed)
     return torch.rand(n, 1, 8, 8, generator=g), torch.randint(0, 10, (n,), generator=g)
-
-
-def same(a, b):
-    return all(p.equal(q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 # ---------------------------------------------------------------- the loss

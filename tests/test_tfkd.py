@@ -7,12 +7,13 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import same, stream
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from kdnb.attacks import pgd
-from kdnb.data import Batches, load_data
+from kdnb.data import Batches
 from kdnb.kd import kd_loss
 from kdnb.models import create_model
 from kdnb.robust import PGDAT
@@ -27,10 +28,6 @@ from kdnb.tfkd import (
     virtual_teacher,
 )
 from kdnb.training import fit
-
-
-def stream(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def logits(n=6, classes=10, seed=0, scale=3.0):
@@ -193,11 +190,6 @@ def test_with_a_temperature_on_both_sides_it_is_not():
 # ---------------------------------------------------------------- methods
 
 
-@pytest.fixture(scope="module")
-def digits():
-    return load_data("digits")
-
-
 def mlp(seed=0, name="mlp_16"):
     return create_model(name, in_channels=1, image_size=8, seed=seed)
 
@@ -209,10 +201,6 @@ def batch(digits):
 def after_a_step(method, digits):
     method.step(*batch(digits))
     return method.student.state_dict()
-
-
-def same(a, b):
-    return all(v.equal(b[k]) for k, v in a.items())
 
 
 class Spy(nn.Module):

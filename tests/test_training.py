@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import same
 from torch.utils.data import DataLoader, TensorDataset
 
 from kdnb import training
@@ -68,10 +69,6 @@ def run(script, out, checkpoint="", steps=0, seed=0, dropout=0.3, **popen):
 
 def weights(path):
     return torch.load(path, weights_only=True)
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
 
 
 def test_sigkill_at_any_moment_resumes_to_the_same_bits(script, tmp_path):
