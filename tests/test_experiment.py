@@ -1,0 +1,75 @@
+"The room for experiments: arms, rules and names, and the lesson that the guide writes."
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from kdnb.runs import load_cards
+
+GUIDE = Path(__file__).parent.parent / "docs" / "write-a-lesson.md"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "A folder of lessons that holds the guide's."
+    blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), flags=re.S)
+    cells = [
+        nbformat.v4.new_markdown_cell("# An example\n> Of the guide."),
+        *map(nbformat.v4.new_code_cell, blocks),
+    ]
+    cells[1].metadata["tags"] = ["parameters"]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    home = tmp_path_factory.mktemp("lessons")
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), home / "99_example.ipynb")
+    return home
+
+
+def kdnb(folder, *words):
+    command = [sys.executable, "-m", "kdnb.runner", *words]
+    env = {**os.environ, "KDNB_NOTEBOOKS": str(folder)}
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder, timeout=600)
+
+
+def test_the_guides_lesson_runs_with_what_an_arm_needs(folder):
+    done = kdnb(
+        folder, "run", "99_example", "-p", "arms", "match", "-p", "results", "cards", "-o", "out.ipynb"
+    )
+    assert done.returncode == 0, done.stderr
+    (card,) = load_cards("99_example", folder / "cards")
+    assert set(card["metrics"]) == {"teacher | accuracy", "logits | accuracy"}
+    assert card["metrics"]["logits | accuracy"] > 0.8
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("arms", "match mach", "unknown arm 'mach'; nearest: match"),
+        ("student", "resnet9", "unknown model 'resnet9'"),
+        ("data", "digitz", "unknown data 'digitz'"),
+        ("precision", "fp16", "precision must be fp32 or bf16, got 'fp16'"),
+        ("augment", "flip", "augment must be none, crop or crop_flip, got 'flip'"),
+        ("lr_drops", "0.5 2", "lr_drops must lie in (0, 1), got 2.0"),
+        ("lr_drops", "half", "lr_drops must be a number in (0, 1), got 'half'"),
+        ("max_steps", "-1", "max_steps must be a whole number >= 0, got -1"),
+        ("batch_size", "5000", "batch_size must be at most 1078"),
+        ("results", "out.file/cards", "results must be a folder that can be written"),
+        ("checkpoints", "/dev/null/kept", "checkpoints must be a folder that can be written"),
+        ("lr_milestones", "3 4", "lr_milestones is now lr_drops: shares of the epochs"),
+    ],
+)
+def test_what_breaks_a_rule_starts_nothing(folder, name, value, words):
+    (folder / "out.file").write_text("")
+    before = sorted(p.name for p in folder.iterdir())
+    done = kdnb(folder, "run", "99_example", "-p", name, value, "-o", "new.ipynb")
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_an_output_that_cannot_be_written_starts_nothing(folder):
+    done = kdnb(folder, "run", "99_example", "-o", "/dev/null/out.ipynb")
+    assert done.returncode == 2 and "can be written" in done.stderr, done.stderr
