@@ -162,7 +162,8 @@ class _Arms(_Trainer):
 
     def plan(
         self,
-        table: dict,   # arm -> (label, () -> method[, options of `train`, or method -> options])
+        table: dict,   # arm -> (label, () -> method[, options of `train`, or method -> options]),
+                       # or arm -> () -> None, of a group that trains its own networks
     ) -> None:
         "Announce the arms of a lesson; the parameter `arms` chooses among them, empty means all."
         asked = self.values.get("arms", "").split()
@@ -170,8 +171,9 @@ class _Arms(_Trainer):
             if arm not in table: raise unknown("arm", arm, table)
         self.table, self.wanted = table, [arm for arm in table if arm in asked or not asked]
 
-    def network(self, arm: str) -> nn.Module:
-        "An arm's trained network; it is trained now if it was not yet."
+    def network(self, arm: str) -> nn.Module | None:
+        "An arm's trained network; it is trained now if it was not yet. Of a group None."
+        if callable(self.table[arm]): return self.table[arm]()
         label, make, options = (*self.table[arm], {})[:3]
         if label not in self.networks:
             method = make()
