@@ -162,8 +162,8 @@ class _Arms(_Trainer):
 
     def plan(
         self,
-        table: dict,   # arm -> (label, () -> method[, options of `train`, or method -> options]),
-                       # or arm -> () -> None, of a group that trains its own networks
+        table: dict,   # arm -> (label, () -> method[, options of `train`, or method -> these]); a list
+                       # of such rows, or a function that returns one, is a group under one word
     ) -> None:
         "Announce the arms of a lesson; the parameter `arms` chooses among them, empty means all."
         asked = self.values.get("arms", "").split()
@@ -172,13 +172,14 @@ class _Arms(_Trainer):
         self.table, self.wanted = table, [arm for arm in table if arm in asked or not asked]
 
     def network(self, arm: str) -> nn.Module | None:
-        "An arm's trained network; it is trained now if it was not yet. Of a group None."
-        if callable(self.table[arm]): return self.table[arm]()
-        label, make, options = (*self.table[arm], {})[:3]
-        if label not in self.networks:
-            method = make()
-            self.train(label, method, **(options(method) if callable(options) else options))
-        return self.networks[label]
+        "An arm's trained network (of a list the last one); it is trained now if it was not yet."
+        rows, label = self.table[arm], None
+        if callable(rows): rows = rows()
+        for label, make, *options in rows if isinstance(rows, list) else [rows]:
+            if label in self.networks: continue
+            method, extra = make(), options[0] if options else {}
+            self.train(label, method, **(extra(method) if callable(extra) else extra))
+        return self.networks.get(label)
 
     def train_arms(self) -> None:
         "Train the wanted arms, in the order of the table."
