@@ -162,7 +162,7 @@ class _Arms(_Trainer):
 
     def plan(
         self,
-        table: dict,   # arm -> (label, () -> method[, options of `train`, or method -> options])
+        table: dict,   # arm -> (label, () -> method[, options of `train`, or method -> these]); or a list
     ) -> None:
         "Announce the arms of a lesson; the parameter `arms` chooses among them, empty means all."
         asked = self.values.get("arms", "").split()
@@ -170,13 +170,14 @@ class _Arms(_Trainer):
             if arm not in table: raise unknown("arm", arm, table)
         self.table, self.wanted = table, [arm for arm in table if arm in asked or not asked]
 
-    def network(self, arm: str) -> nn.Module:
-        "An arm's trained network; it is trained now if it was not yet."
-        label, make, options = (*self.table[arm], {})[:3]
-        if label not in self.networks:
-            method = make()
-            self.train(label, method, **(options(method) if callable(options) else options))
-        return self.networks[label]
+    def network(self, arm: str) -> nn.Module | None:
+        "An arm's trained network (of a list the last one); it is trained now if it was not yet."
+        rows, label = self.table[arm], None
+        for label, make, *options in rows if isinstance(rows, list) else [rows]:
+            if label in self.networks: continue
+            method, extra = make(), options[0] if options else {}
+            self.train(label, method, **(extra(method) if callable(extra) else extra))
+        return self.networks.get(label)
 
     def train_arms(self) -> None:
         "Train the wanted arms, in the order of the table."
