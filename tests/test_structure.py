@@ -360,7 +360,7 @@ def outside(kind):
 
 @each_lesson
 def test_every_rule_is_kept(name):
-    free = {"preset", "root", "checkpoints", "results", "arms"}  # asked elsewhere, or free
+    free = {"preset", "root", "checkpoints", "results", "arms", "pairs"}  # asked elsewhere, or free
     for key, (kind, _, words) in read_parameters(NOTEBOOKS[name]).items():
         if kind is bool or key in free or words.startswith(("a model", "models", "a layer", "where to")):
             continue
