@@ -271,15 +271,18 @@ def _numbers_in(value, each, rule):  # "0.5 2" -> numbers; a word that is none s
 
 # %% ../nbs/05_runs.ipynb #25f51e49
 _NOW = {
-    "lr_milestones": "lr_drops: shares of the epochs", "adv_lr_decay": "robust_lr_decay",
-    "adv_epochs": "robust_epochs, and arms to leave that part out", "network": "student", "large": "teacher",
-    "few": "student_images", "pretrain_epochs": "hint_epochs", "beta_fitnet": "fitnet_beta",
-    "beta_at": "at_beta", "beta_fsp": "fsp_beta", "variants": "arms", "short_steps": "short_iterations",
-    "data_lr": "lr", "steps": "attack_steps (of an attack) or iterations (of ABM)",
+    "lr_milestones": "lr_drops", "adv_lr_decay": "robust_lr_decay", "adv_epochs": "robust_epochs",
+    "network": "student", "large": "teacher", "few": "student_images", "pretrain_epochs": "hint_epochs",
+    "beta_fitnet": "fitnet_beta", "beta_at": "at_beta", "beta_fsp": "fsp_beta", "beta": "trades_beta",
+    "variants": "arms", "data_lr": "lr", "steps": "attack_steps iterations",
+    "short_steps": "short_iterations", "alpha": "kd_alpha", "temperature": "kd_temperature",
+    "sweep_steps": "sweep_attack_steps",
 }
 
-def _unknown(name, declared):  # the names of version 0.1 are refused with today's
-    if now := _NOW.get(name): return ValueError(f"{name} is now {now}")
+def _unknown(name, declared):  # an old name is refused with today's, and what that is
+    for now in _NOW.get(name, "").split():
+        if now in declared:
+            return ValueError(f"{name} is now {now}: {declared[now][2].rpartition('; ')[2]}")
     return unknown("parameter", name, declared, "all of them: kdnb list NAME")
 
 # %% ../nbs/05_runs.ipynb #07f09b7b
