@@ -21,7 +21,7 @@ def start(preset, folder):
     values["lr"] = 0.001  # a weight made for 100 classes diverges on ten at the recorded rate
     small = {"test_images": 16, "val_images": 8, "eval_steps": 2, "steps": 2, "batch_size": 32}
     small |= {"autoattack_images": 2, "autoattack_tier": "lite", "boundary_images": 4}
-    small |= {"curve_images": 4, "curve_steps": 3}
+    small |= {"curve_images": 4, "curve_steps": 3, "attack_steps": 2}
     declared = read_parameters(notebooks()[name])
     values |= {key: value for key, value in small.items() if key in declared}
     words = [word for key, value in values.items() for word in ("-p", key, str(value))]
