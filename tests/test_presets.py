@@ -19,15 +19,15 @@ def start(preset, folder):
     name, kind = preset.split(".")
     values = {"data": "digits", "device": "cpu", "max_steps": 2, "checkpoints": "", "results": str(folder)}
     values["lr"] = 0.001  # a weight made for 100 classes diverges on ten at the recorded rate
-    small = {"test_images": 16, "val_images": 8, "eval_steps": 2, "steps": 2, "batch_size": 32}
-    small |= {"attack_steps": 2}
+    small = {"test_images": 16, "val_images": 8, "eval_steps": 2, "attack_steps": 2, "batch_size": 32}
     small |= {"autoattack_images": 2, "autoattack_tier": "lite", "boundary_images": 4}
-    small |= {"curve_images": 4, "curve_steps": 3, "attack_steps": 2}
+    small |= {"curve_images": 4, "curve_steps": 3}
     declared = read_parameters(notebooks()[name])
     values |= {key: value for key, value in small.items() if key in declared}
     words = [word for key, value in values.items() for word in ("-p", key, str(value))]
-    command = [sys.executable, "-m", "kdnb.runner", "run", name, "-f", kind, "-o", str(folder / "out.ipynb")]
-    return subprocess.run([*command, *words], capture_output=True, text=True, timeout=600)
+    command = [sys.executable, "-m", "kdnb.runner", "run", name, "--experiment", "-f", kind]
+    command += ["-o", str(folder / "out.ipynb"), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
