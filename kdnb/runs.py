@@ -166,7 +166,7 @@ def load_cards(
     notebook: str, folder: str | Path | None = None,  # "10_kd"; None: the shipped ones, ./results and ./runs
     like: dict | None = None,  # all parameters of a run: only cards of its protocol and its seed
 ) -> list:  # of cards, the oldest first
-    "The recorded runs of a notebook."
+    "The recorded runs of a notebook; a card with a reason under `superseded` stays in its file only."
     if folder is None:
         folders = [lessons_folder() / "results", Path("results"), Path("runs")]
     else:
@@ -187,7 +187,7 @@ def load_cards(
         old = key if _portable(like) == {k: v for k, v in like.items() if k != "root"} else None
         cards = [c for c in cards if (_protocol(c["parameters"]), c["seed"]) == wanted
                  and c.get("key", old) == key]
-    return sorted(cards, key=lambda card: card["started"])
+    return sorted((c for c in cards if "superseded" not in c), key=lambda card: card["started"])
 
 # %% ../nbs/05_runs.ipynb #7aa1b392
 def lessons_folder() -> Path:  # absolute
