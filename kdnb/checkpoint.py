@@ -223,9 +223,10 @@ class Checkpoint:
         write_whole(self.path, buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
 
     def load(self) -> None:
-        if not self.path or not self.path.exists(): return
+        if not self.path: return
         leftovers = f"{glob.escape(self.path.name)}.*.part"
         for torn in self.path.parent.glob(leftovers): torn.unlink(missing_ok=True)
+        if not self.path.exists(): return
         content, digest = (data := self.path.read_bytes())[:-32], data[-32:]
         rule = "is not a complete checkpoint (truncated, damaged or of another kind); delete it to start anew"
         try:

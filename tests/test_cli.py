@@ -551,12 +551,6 @@ def test_checkpoints_are_named_by_the_protocol(toy):
     assert len({*others}) == 5 and key(lr=1) == key(lr=1.0)
 
 
-def test_lessons_name_checkpoints_by_their_protocol():
-    for path in sorted((ROOT / "nbs").glob("[12]*_*.ipynb")):
-        text = path.read_text()
-        assert f'key = protocol_name(\\"{path.stem}\\", parameters)[2]' in text, path.stem
-
-
 def test_html_stays_out_of_the_table(toy):
     wicked = card(metrics={"<img src=x onerror=alert(1)>": 1.0, "two\nlines | accuracy": 0.5})
     wicked["device"] = "<b>cpu</b>"

@@ -9,7 +9,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from kdnb.runs import load_cards
+from kdnb.experiment import Experiment
+from kdnb.runs import load_cards, notebooks, read_parameters
+from kdnb.training import Supervised
 
 GUIDE = Path(__file__).parent.parent / "docs" / "write-a-lesson.md"
 
@@ -73,3 +75,55 @@ def test_what_breaks_a_rule_starts_nothing(folder, name, value, words):
 def test_an_output_that_cannot_be_written_starts_nothing(folder):
     done = kdnb(folder, "run", "99_example", "-o", "/dev/null/out.ipynb")
     assert done.returncode == 2 and "can be written" in done.stderr, done.stderr
+
+
+def experiment(**changes):
+    "The room's own toy, with other values."
+    declared = read_parameters(notebooks()["07_experiment"])
+    values = {name: default for name, (_, default, _) in declared.items()} | changes
+    kinds = {name: kind for name, (kind, _, _) in declared.items()}
+    return Experiment("07_experiment", {"__annotations__": kinds, **values})
+
+
+def test_checkpoints_are_named_by_what_is_trained():
+    kept = Path(experiment(checkpoints="a").keep("KD")).name
+    assert Path(experiment(checkpoints="b", results="c", threads=2).keep("KD")).name == kept
+    for other in ({"lr": 0.1}, {"seed": 1}, {"student": "mlp_8"}):
+        assert Path(experiment(checkpoints="a", **other).keep("KD")).name != kept
+    assert experiment().keep("KD") is None
+
+
+def test_a_group_and_what_an_arm_needs():
+    run = experiment(arms="pupil", max_steps=2)
+    made = []
+
+    def maker(word, *needs):
+        def make():
+            made.append(word)
+            for need in needs:
+                run.network(need)
+            return Supervised(run.new("student"), **run.recipe())
+
+        return make
+
+    two = [("first", maker("first")), ("second", maker("second"))]
+    run.plan(
+        {
+            "teacher": ("teacher", maker("teacher")),
+            "pupil": ("pupil", maker("pupil", "teacher", "two")),
+            "two": lambda: two,
+            "left": ("left", maker("left")),
+        }
+    )
+    run.train_arms()
+    assert made == ["pupil", "teacher", "first", "second"]
+    assert [*run.networks] == ["teacher", "first", "second", "pupil"]
+    assert run.network("two") is run.networks["second"]
+
+
+def test_rows_and_columns():
+    run = experiment()
+    run.note("KD", {"accuracy": 0.5, "pgd20-linf-0.1": 0.2})
+    run.note("alone", {"accuracy": 0.4})
+    assert run.column("accuracy") == {"KD": 0.5, "alone": 0.4} and run.column("pgd") == {"KD": 0.2}
+    assert run.card()["metrics"] == run.metrics and run.metrics["KD | accuracy"] == 0.5
