@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR, MultiStepLR
 
-from .checks import check_folder, unknown
+from .checks import check_folder, check_numbers, unknown
 from .data import Batches, Data, Images, check_data, load_data
 from .models import check_model, create_model
 from kdnb.runs import (
@@ -86,8 +86,10 @@ class _Bench(_Setting):
 
     @cached_property
     def train_set(self) -> Images:
-        "The first `train_images` of the training images."
-        return self.data.train.first(self.values["train_images"])
+        "The first `train_images` of the training images; a ValueError if they are no batch."
+        images = self.data.train.first(self.values["train_images"])
+        check_numbers(f"whole in [1, {len(images)}]", batch_size=self.values["batch_size"])
+        return images
 
     def new(self, name: str, offset: int = 0) -> nn.Module:
         "A fresh network, by a parameter that names it or by its own name; `offset` on the seed."

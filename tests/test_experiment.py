@@ -58,7 +58,7 @@ def test_the_guides_lesson_runs_with_what_an_arm_needs(folder):
         ("lr_drops", "0.5 2", "lr_drops must lie in (0, 1), got 2.0"),
         ("lr_drops", "half", "lr_drops must be a number in (0, 1), got 'half'"),
         ("max_steps", "-1", "max_steps must be a whole number >= 0, got -1"),
-        ("batch_size", "5000", "batch_size must be at most 1078"),
+        ("batch_size", "5000", "batch_size must be a whole number in [1, 1078]"),
         ("results", "out.file/cards", "results must be a folder that can be written"),
         ("checkpoints", "/dev/null/kept", "checkpoints must be a folder that can be written"),
         ("lr_milestones", "3 4", "lr_milestones is now lr_drops: shares of the epochs"),

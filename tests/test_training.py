@@ -664,8 +664,9 @@ def test_clipping_comes_before_the_step():
     assert (net.weight - before).norm().item() == pytest.approx(1.0, rel=1e-4)
 
 
-def test_a_torn_first_checkpoint_is_swept_away(data, net, tmp_path):
+def test_a_torn_first_checkpoint_is_swept_away(tmp_path):
     "A kill in the middle of the very first save leaves a part and no checkpoint."
+    data, net = digits_net()
     torn = tmp_path / "run.pt.123.part"
     torn.write_bytes(b"half")
     fit(Supervised(net), Batches(data.train, 64), epochs=1, checkpoint=tmp_path / "run.pt", progress="off")
