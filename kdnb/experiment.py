@@ -172,6 +172,7 @@ class _Arms(_Trainer):
         for arm in asked:
             if arm not in table: raise unknown("arm", arm, table)
         self.table, self.wanted = table, [arm for arm in table if arm in asked or not asked]
+        len(self.train_set)     # loaded now: images that cannot be used are refused before any training
 
     def network(self, arm: str) -> nn.Module | None:
         "An arm's trained network (of a list the last one); it is trained now if it was not yet."

@@ -282,7 +282,7 @@ _NOW = {
 def _unknown(name, declared):  # an old name is refused with today's, and what that is
     for now in _NOW.get(name, "").split():
         if now in declared:
-            return ValueError(f"{name} is now {now}: {declared[now][2].rpartition('; ')[2]}")
+            return ValueError(f"{name} is now {now}: {max(declared[now][2].split('; '), key=len)}")
     return unknown("parameter", name, declared, "all of them: kdnb list NAME")
 
 # %% ../nbs/05_runs.ipynb #07f09b7b
