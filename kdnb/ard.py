@@ -18,7 +18,7 @@ from .attacks import attack_name, pgd
 from .checks import check_choice, check_logits, check_numbers, full, logits_of
 from .kd import kd_loss
 from .robust import attacked, ready_attack
-from .training import freeze, sgd, train_mode, update
+from .training import freeze, learning, train_mode, update
 
 # %% ../nbs/22_ard.ipynb #719b5105
 def ard_loss(
@@ -98,8 +98,8 @@ class ARD:
         reduction: str | None = None,  # "batchmean" (paper) or "mean" (official), see `ard_loss`
         attack_mode: str | None = None,     # "eval" (paper) or "found" (official)
         fold: bool = False,            # attack a copy with BatchNorm folded in; eval mode only
-        lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 2e-4,
-        schedule: Callable | None = None,   # optimiser -> scheduler, stepped once an epoch: `ard_schedule`
+        weight_decay: float = 2e-4,
+        **recipe,             # lr, momentum, optimizer, schedule (`ard_schedule`), clip: see `learning`
     ):
         _check_weights(temperature, alpha), _check_choices(inner, teacher_sees, clean_target, reduction)
         self.variant, chosen = variant, _variant(variant)
@@ -110,18 +110,13 @@ class ARD:
         self.inner, self.teacher_sees, self.clean_target = inner, teacher_sees, clean_target
         self.temperature, self.alpha = temperature, alpha
         self.student, self.teacher = train_mode(student), freeze(teacher, student)
-        self.optimizer = sgd(student, lr, momentum, weight_decay)
-        self.schedule = schedule(self.optimizer) if schedule else None
+        self.optimizer, self.schedule, self.clip = learning(student, weight_decay=weight_decay, **recipe)
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         "One update on x (B, C, H, W) in [0, 1] and y (B,); `loss` = alpha soft + (1 - alpha) hard."
         loss = _ard_step_loss(self, x, y)
-        update(self.optimizer, loss)
+        update(self.optimizer, loss, self.clip)
         return {"loss": loss.detach()}
-
-    def end_epoch(self, epoch: int) -> None:
-        "Move the learning rate on."
-        if self.schedule: self.schedule.step()
 
 # %% ../nbs/22_ard.ipynb #2f12899b
 def _ard_step_loss(method, x, y):

@@ -21,7 +21,7 @@ from .checks import check_alike, check_choice, check_labels, check_logits, check
 from .data import own_share
 from .kd import kd_loss
 from .models import Normalize, fold_batchnorm
-from .training import freeze, sgd, train_mode, update
+from .training import freeze, learning, train_mode, update
 
 # %% ../nbs/20_bss.ipynb #79c2cb8d
 class Samples(NamedTuple):
@@ -200,8 +200,8 @@ class BSS:
         base: str = "gap", target: str = "sampled",      # see `select_base`, `sample_target`
         temperature: float = 3.0, form: str = "ce",      # see `bss_loss`
         fold: bool = True,               # ask a copy of the teacher with BatchNorm folded in
-        lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 1e-4,
-        schedule: Callable | None = None,     # optimiser -> scheduler, stepped once an epoch
+        weight_decay: float = 1e-4,
+        **recipe,                        # lr, momentum, optimizer, schedule, clip: see `learning`
     ):
         check_choice(("paper", "official"), variant=variant), check_choice(("ce", "kl"), form=form)
         check_choice(_BASES, base=base), check_choice(_TARGETS, target=target)
@@ -212,23 +212,18 @@ class BSS:
         self.teacher = fold_batchnorm(teacher) if fold else teacher
         self.attack, self.attack_name, self.weights = attack, attack_name(attack), bss_weights(1, epochs)
         if (variant, self.attack_name) == ("official", "bss_attack"): self.attack = partial(_official, attack)
-        self.optimizer = sgd(student, lr, momentum, weight_decay)
-        self.schedule = schedule(self.optimizer) if schedule else None
+        self.optimizer, self.schedule, self.clip = learning(student, weight_decay=weight_decay, **recipe)
+        self.rate = self.optimizer.param_groups[0]["lr"]
 
     def start_epoch(self, epoch: int) -> None:
-        "The weights of this epoch, counted from 0."
+        "The weights of this epoch, counted from 0; the official code forgets the momentum as the rate drops."
         self.weights = bss_weights(epoch + 1, max(self.epochs, epoch + 1))
+        before, self.rate = self.rate, self.optimizer.param_groups[0]["lr"]
+        if self.variant == "official" and self.rate < before: self.optimizer.state.clear()
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         "One update on x (B, C, H, W) in [0, 1], y (B,): hard + alpha soft + beta boundary."
         return _bss_step(self, x, y)
-
-    def end_epoch(self, epoch: int) -> None:
-        "Move the learning rate on."
-        before = self.optimizer.param_groups[0]["lr"]
-        if self.schedule: self.schedule.step()
-        dropped = self.optimizer.param_groups[0]["lr"] < before
-        if self.variant == "official" and dropped: self.optimizer.state.clear()
 
 # %% ../nbs/20_bss.ipynb #88ebfd27
 def _bss_step(method, x, y):
@@ -242,7 +237,7 @@ def _bss_step(method, x, y):
         landed = samples.success.float().mean()
         if len(samples.x[kept]) > 1: boundary = loss_of(method.student(samples.x[kept]), samples.logits[kept])
     loss = hard + method.weights[0] * soft + method.weights[1] * boundary
-    update(method.optimizer, loss)
+    update(method.optimizer, loss, method.clip)
     found = {"loss": loss, "hard": hard, "soft": soft, "boundary": boundary, "landed": landed}
     return {name: value.detach() for name, value in found.items()}
 

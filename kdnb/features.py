@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .attacks import frozen
 from .checks import check_alike, check_choice, check_numbers, full, logits_of
 from .models import features, seeded
-from .training import freeze, sgd, train_mode, update
+from .training import freeze, learning, train_mode, update
 
 # %% ../nbs/11_features.ipynb #b11bed32
 def hint_loss(
@@ -134,8 +134,7 @@ class FeatureKD:
         soft: Callable | None = None,  # (student_logits, teacher_logits) -> scalar, as kdnb.kd.kd_loss
         alpha: float = 0.0,            # in [0, 1]: weight of `soft`; 1 - alpha is that of the labels
         pretrain_epochs: int = 0,      # >= 0: first so many epochs on maps alone, then none; 0: all at once
-        lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 5e-4,
-        schedule: Callable | None = None,   # optimiser -> scheduler, stepped once an epoch
+        **recipe,                      # lr, momentum, weight_decay, optimizer, schedule, clip: see `learning`
     ):
         check_numbers(">= 0", beta=beta), check_numbers("in [0, 1]", alpha=alpha)
         check_numbers("whole >= 0", pretrain_epochs=pretrain_epochs)
@@ -146,8 +145,7 @@ class FeatureKD:
         self.soft, self.alpha, self.pretrain_epochs = soft, alpha, pretrain_epochs
         self.start_epoch(0)
         learns = [student, transfer] if isinstance(transfer, nn.Module) else [student]
-        self.optimizer = sgd(nn.ModuleList(learns), lr, momentum, weight_decay)
-        self.schedule = schedule(self.optimizer) if schedule else None
+        self.optimizer, self.schedule, self.clip = learning(nn.ModuleList(learns), **recipe)
 
     def start_epoch(self, epoch: int) -> None:
         "What counts in this epoch, counted from 0: `weights` of the parts of the loss."
@@ -160,9 +158,8 @@ class FeatureKD:
         return _feature_kd_step(self, x, y)
 
     def end_epoch(self, epoch: int) -> None:
-        "Move the learning rate on; between the two stages forget the momentum."
+        "Between the two stages forget the momentum."
         if epoch + 1 == self.pretrain_epochs: self.optimizer.state.clear()
-        if self.schedule: self.schedule.step()
 
 # %% ../nbs/11_features.ipynb #64592200
 def _feature_kd_step(method, x, y):  # a part of weight 0 gives no gradient; soft and transfer are then 0
@@ -178,7 +175,7 @@ def _feature_kd_step(method, x, y):  # a part of weight 0 gives no gradient; sof
     parts["soft"] = method.soft(logits, teacher_logits) if weights["soft"] else logits.new_zeros(())
     parts["transfer"] = method.transfer(ours, theirs) if weights["transfer"] else logits.new_zeros(())
     loss = sum(weights[name] * parts[name] for name in parts if weights[name])
-    update(method.optimizer, loss)
+    update(method.optimizer, loss, method.clip)
     return {name: value.detach() for name, value in ({"loss": loss} | parts).items()}
 
 # %% ../nbs/11_features.ipynb #729323c9

@@ -6,14 +6,12 @@
 __all__ = ['kd_loss', 'KD', 'with_bias', 'best_bias']
 
 # %% ../nbs/10_kd.ipynb #606b18f8
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_choice, check_numbers, full, logits_of
-from .training import freeze, kl_divergence, sgd, train_mode, update
+from .training import freeze, kl_divergence, learning, train_mode, update
 
 # %% ../nbs/10_kd.ipynb #eae95900
 def kd_loss(
@@ -40,17 +38,13 @@ class KD:
         temperature: float = 4.0,      # > 0
         alpha: float = 0.9,            # in [0, 1]: weight of the soft term; 1 - alpha is that of the labels
         reduction: str = "batchmean",  # see `kd_loss`
-        lr: float = 0.1,
-        momentum: float = 0.9,
-        weight_decay: float = 5e-4,
-        schedule: Callable | None = None,   # optimiser -> scheduler, stepped once an epoch
+        **recipe,                      # lr, momentum, weight_decay, optimizer, schedule, clip: see `learning`
     ):
         check_numbers("> 0", temperature=temperature), check_numbers("in [0, 1]", alpha=alpha)
         check_choice(("batchmean", "mean"), reduction=reduction)
         self.student, self.teacher = train_mode(student), freeze(teacher, student)
         self.temperature, self.alpha, self.reduction = temperature, alpha, reduction
-        self.optimizer = sgd(student, lr, momentum, weight_decay)
-        self.schedule = schedule(self.optimizer) if schedule else None
+        self.optimizer, self.schedule, self.clip = learning(student, **recipe)
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         "One update on x (B, C, H, W) in [0, 1] and y (B,); `loss` = (1 - alpha) hard + alpha soft."
@@ -59,12 +53,8 @@ class KD:
         soft = kd_loss(student_logits, teacher_logits, self.temperature, self.reduction)
         hard = F.cross_entropy(student_logits, y)
         loss = (1 - self.alpha) * hard + self.alpha * soft
-        update(self.optimizer, loss)
+        update(self.optimizer, loss, self.clip)
         return {"loss": loss.detach(), "hard": hard.detach(), "soft": soft.detach()}
-
-    def end_epoch(self, epoch: int) -> None:
-        "Move the learning rate on."
-        if self.schedule: self.schedule.step()
 
 # %% ../nbs/10_kd.ipynb #720142b4
 def with_bias(

@@ -19,7 +19,7 @@ from .checks import check_choice, check_numbers, full, logits_of
 from .data import Images
 from .evaluation import robust_accuracy
 from .models import fold_batchnorm
-from .training import accuracy, kl_divergence, sgd, train_mode, update
+from .training import accuracy, kl_divergence, learning, train_mode, update
 
 # %% ../nbs/12_robust.ipynb #848d11a5
 _PGD10 = partial(pgd, eps=8 / 255, step_size=2 / 255, steps=10)
@@ -57,27 +57,20 @@ class PGDAT:
         attack: Callable = _PGD10,     # (model, x, y) -> x_adv
         attack_mode: str | None = None,     # "eval", "train", "found"; None: as the attack has it
         fold: bool = False,            # attack a copy with BatchNorm folded into the convolutions
-        lr: float = 0.1,
-        momentum: float = 0.9,
         weight_decay: float = 2e-4,
-        schedule: Callable | None = None,   # optimiser -> scheduler, stepped once an epoch
+        **recipe,                      # lr, momentum, optimizer, schedule, clip: see `learning`
     ):
         self.attack, self.fold = ready_attack(attack, attack_mode, fold), fold
         self.attack_name = attack_name(attack)
         self.student = train_mode(student)
-        self.optimizer = sgd(student, lr, momentum, weight_decay)
-        self.schedule = schedule(self.optimizer) if schedule else None
+        self.optimizer, self.schedule, self.clip = learning(student, weight_decay=weight_decay, **recipe)
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         "One update on x (B, C, H, W) in [0, 1] and y (B,); `adv_accuracy` is that on the images trained on."
         logits = full(logits_of(self.student(attacked(self, x, y)), len(x)))
         loss = F.cross_entropy(logits, y)
-        update(self.optimizer, loss)
+        update(self.optimizer, loss, self.clip)
         return {"loss": loss.detach(), "adv_accuracy": (logits.argmax(1) == y).float().mean()}
-
-    def end_epoch(self, epoch: int) -> None:
-        "Move the learning rate on."
-        if self.schedule: self.schedule.step()
 
 # %% ../nbs/12_robust.ipynb #311554b9
 def trades_loss(
@@ -107,8 +100,8 @@ class TRADES:
         beta: float = 6.0,             # >= 0; see `trades_loss`
         reduction: str = "batchmean",  # the same
         forwards: str = "official",    # "official": x, x_adv, x; "two": x, x_adv; "joint": both in one batch
-        lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 2e-4,
-        schedule: Callable | None = None,   # optimiser -> scheduler, stepped once an epoch
+        weight_decay: float = 2e-4,
+        **recipe,                      # lr, momentum, optimizer, schedule, clip: see `learning`
     ):
         check_choice(("official", "two", "joint"), forwards=forwards), check_numbers(">= 0", beta=beta)
         check_choice(("batchmean", "mean"), reduction=reduction)
@@ -116,8 +109,7 @@ class TRADES:
         self.attack_name = attack_name(attack)
         self.beta, self.reduction, self.forwards = beta, reduction, forwards
         self.student = train_mode(student)
-        self.optimizer = sgd(student, lr, momentum, weight_decay)
-        self.schedule = schedule(self.optimizer) if schedule else None
+        self.optimizer, self.schedule, self.clip = learning(student, weight_decay=weight_decay, **recipe)
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         "One update on x (B, C, H, W) in [0, 1] and y (B,); `loss` = natural + beta boundary."
@@ -125,14 +117,10 @@ class TRADES:
         natural = F.cross_entropy(clean_logits, y)
         boundary = kl_divergence(adv_logits, clean_logits, self.reduction)
         loss = natural + self.beta * boundary
-        update(self.optimizer, loss)
+        update(self.optimizer, loss, self.clip)
         adv_accuracy = (adv_logits.argmax(1) == y).float().mean()
         found = {"loss": loss, "natural": natural, "boundary": boundary, "adv_accuracy": adv_accuracy}
         return {name: value.detach() for name, value in found.items()}
-
-    def end_epoch(self, epoch: int) -> None:
-        "Move the learning rate on."
-        if self.schedule: self.schedule.step()
 
 # %% ../nbs/12_robust.ipynb #694fcab2
 def _two_answers(student, x, x_adv, forwards):

@@ -19,7 +19,7 @@ from .attacks import attack_name, frozen, pgd
 from .checks import check_choice, check_labels, check_logits, check_numbers, compiling, full, logits_of
 from .kd import kd_loss
 from .robust import attacked, ready_attack
-from .training import freeze, sgd, train_mode, update
+from .training import freeze, learning, train_mode, update
 
 # %% ../nbs/24_tfkd.ipynb #66610c07
 def virtual_teacher(
@@ -130,15 +130,13 @@ class TfKD:
         temperature: float | None = None,   # > 0; None: 20 for "reg", 6 for "self"
         correct_prob: float = 0.99, softening: str = "probs",   # of the virtual teacher
         multiplier: float = 1.0,       # > 0: of the KL
-        lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 5e-4,
-        schedule: Callable | None = None,   # optimiser -> scheduler, stepped once an epoch
+        **recipe,                      # lr, momentum, weight_decay, optimizer, schedule, clip: see `learning`
     ):
         given = dict(alpha=alpha, temperature=temperature, variant=variant, multiplier=multiplier)
         self.settings = _settle(mode, teacher, given, correct_prob, softening)
         self.mode, self.student = mode, train_mode(student)
         self.teacher = None if teacher is None else freeze(teacher, student)
-        self.optimizer = sgd(student, lr, momentum, weight_decay)
-        self.schedule = schedule(self.optimizer) if schedule else None
+        self.optimizer, self.schedule, self.clip = learning(student, **recipe)
 
     def opposed(self, x: Tensor, y: Tensor) -> Tensor:
         "What the student sees: x (B, C, H, W) itself."
@@ -151,12 +149,8 @@ class TfKD:
         logits = logits_of(self.student(self.opposed(x, y)), len(x))
         if self.mode == "self": loss = tf_kd_self_loss(logits, teacher_logits, y, **self.settings)
         else: loss = tf_kd_reg_loss(logits, y, **self.settings)
-        update(self.optimizer, loss)
+        update(self.optimizer, loss, self.clip)
         return {"loss": loss.detach()}
-
-    def end_epoch(self, epoch: int) -> None:
-        "Move the learning rate on."
-        if self.schedule: self.schedule.step()
 
 # %% ../nbs/24_tfkd.ipynb #a3ea1ce0
 _PGD7 = partial(pgd, eps=8 / 255, step_size=1.85 * 8 / 255 / 7, steps=7)

@@ -511,7 +511,8 @@ def test_momentum_at_a_drop_of_the_rate(variant, every, kept, digits, teacher):
     method = BSS(digit_net(seed=1), teacher, epochs=4, variant=variant, schedule=drop)
     method.step(digits.train.floats(slice(0, 32)), digits.train.y[:32])
     assert method.optimizer.state
-    method.end_epoch(0)
+    method.schedule.step()
+    method.start_epoch(1)
     assert bool(method.optimizer.state) is kept
 
 

@@ -32,7 +32,7 @@ from kdnb.tfkd import (
     tf_kd_self_loss,
     virtual_teacher,
 )
-from kdnb.training import Supervised, kl_divergence
+from kdnb.training import Supervised, kl_divergence, learning
 
 SHAPE = dict(num_classes=4, in_channels=1, image_size=8)
 TWO = partial(pgd, eps=0.1, steps=2)
@@ -197,10 +197,11 @@ def test_other_outputs_than_logits_get_one_sentence(name, role, output):
 
 
 def numeric(kind, *types):
-    "Keyword arguments of a class and its bases that are numbers of these types."
-    names = set()
-    for base in (b for b in kind.__mro__ if "__init__" in vars(b)):
-        for name, p in inspect.signature(base.__init__).parameters.items():
+    "Keyword arguments of a class, of its bases and of `learning` that are numbers of these types."
+    makers, names = [b.__init__ for b in kind.__mro__ if "__init__" in vars(b)], set()
+    if "recipe" in {name for make in makers for name in inspect.signature(make).parameters}: makers += [learning]
+    for make in makers:
+        for name, p in inspect.signature(make).parameters.items():
             if {p.annotation, *get_args(p.annotation)} & {*types} and name != "seed": names.add(name)
     return sorted(names)
 

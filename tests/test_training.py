@@ -26,7 +26,7 @@ from kdnb.data import Batches, Images, load_data
 from kdnb.kd import KD
 from kdnb.models import create_model
 from kdnb.robust import PGDAT
-from kdnb.training import Supervised, TensorBoard, accuracy, fit, predict, update
+from kdnb.training import Supervised, TensorBoard, accuracy, fit, per_step, predict, update
 
 # The script that the tests kill, resume and run in two processes: it distils on digits and saves the student.
 SCRIPT = """
@@ -180,6 +180,71 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     fit(KD(net, teacher, temperature=4.0), batches, epochs=1, checkpoint=file, progress="off")
     with pytest.raises(ValueError, match="its temperature is 4.0, not 8.0"):
         fit(KD(net, teacher, temperature=8.0), batches, epochs=1, checkpoint=file, progress="off")
+
+
+class MovesInStep(Supervised):
+    def step(self, x, y):
+        found = super().step(x, y)
+        self.schedule.step()
+        return found
+
+
+class MovesAtTheEnd(Supervised):
+    def end_epoch(self, epoch): self.schedule.step()
+
+
+@pytest.mark.parametrize("stop", [0, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("kind", "of", "moves"),
+    [(Supervised, lambda s: s, 2), (Supervised, per_step, 6), (MovesInStep, lambda s: s, 6),
+     (MovesAtTheEnd, lambda s: s, 2)],
+)  # fmt: skip
+def test_a_schedule_is_moved_on_once(kind, of, moves, stop, tmp_path):
+    "By `fit` after an epoch (of 3 steps) or a step, by the method itself; also in a run that was stopped."
+    half = of(partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5))
+    again = dict(epochs=2, checkpoint=tmp_path / "run.pt", checkpoint_steps=1)
+    batches = Batches(IMAGES.first(48), 16)
+    if stop: quick(kind(small(), schedule=half), batches, max_steps=stop, **again)
+    method = kind(small(), schedule=half)
+    quick(method, batches, **again)
+    assert method.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**moves)
+
+
+def test_a_schedule_made_of_others_is_moved_on():
+    def chained(optimizer):
+        steps = [torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma) for gamma in (0.5, 0.2)]
+        return torch.optim.lr_scheduler.ChainedScheduler(steps)
+
+    for kind in (Supervised, MovesInStep, MovesAtTheEnd):
+        method = kind(small(), schedule=chained)
+        quick(method, Batches(IMAGES.first(16), 16), epochs=2)
+        assert method.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.1**2)
+
+
+def test_an_optimiser_of_ones_own_resumes_to_the_same_bits(tmp_path):
+    own = dict(optimizer=partial(torch.optim.AdamW, lr=0.01), clip=0.5)
+    whole, file = Supervised(small(), **own), tmp_path / "run.pt"
+    quick(whole, epochs=2)
+    quick(Supervised(small(), **own), epochs=2, max_steps=3, checkpoint=file)
+    resumed = Supervised(small(1), **own)
+    quick(resumed, epochs=2, checkpoint=file)
+    assert same(whole.student.state_dict(), resumed.student.state_dict())
+    with pytest.raises(ValueError, match="another run: its clip is 0.5, not 0.6"):
+        quick(Supervised(small(), **own | {"clip": 0.6}), epochs=2, checkpoint=file)
+    with pytest.raises(ValueError, match="optimizer must make a torch optimiser from parameters, got "):
+        Supervised(small(), optimizer=lambda parameters: None)
+
+
+def test_the_gradient_is_cut_to_its_longest_length():
+    x, y = IMAGES.floats(), IMAGES.y
+    lengths = []
+    for clip in (1e-3, 1e9):
+        method = Supervised(small(), lr=1.0, momentum=0, weight_decay=0, clip=clip)
+        before = torch.nn.utils.parameters_to_vector(method.student.parameters()).clone()
+        method.step(x, y)
+        after = torch.nn.utils.parameters_to_vector(method.student.parameters())
+        lengths.append((after - before).norm().item())
+    assert lengths[0] == pytest.approx(1e-3, rel=1e-3) and lengths[1] > 0.01
 
 
 def test_the_same_method_may_resume_after_its_schedule_moved(tmp_path):
@@ -616,10 +681,10 @@ def test_a_loader_that_every_process_would_read_alike_is_refused(monkeypatch):
     data = TensorDataset(IMAGES.floats(), IMAGES.y)
     run = SimpleNamespace(batches=DataLoader(data, 16), epochs=1, checkpoint=None)
     with pytest.raises(ValueError, match="DistributedSampler"):
-        training._count_batches(run)
+        training._check_batches(run, 3)
     sampler = torch.utils.data.DistributedSampler(data, num_replicas=2, rank=0)
     run.batches = DataLoader(data, 8, sampler=sampler)
-    assert training._count_batches(run) == 3
+    training._check_batches(run, 3)
 
 
 # ---------------------------------------------------------------- networks that are not plain
