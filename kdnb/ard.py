@@ -65,7 +65,8 @@ def ard_schedule(
     variant: str = "paper",          # "official" multiplies the *first* rate each time: it drops only once
 ) -> LambdaLR:                       # to be stepped once an epoch
     "The paper's learning rate: lr, then lr / 10, then lr / 100; or what the official code makes of it."
-    _variant(variant), check_numbers("> 0", factor=factor)
+    _variant(variant)
+    check_numbers("> 0", factor=factor)
     for milestone in milestones: check_numbers("whole >= 0", milestones=milestone)
     def scale(epoch):
         drops = sum(epoch >= milestone for milestone in milestones)
@@ -101,7 +102,8 @@ class ARD:
         weight_decay: float = 2e-4,
         **recipe,             # lr, momentum, optimizer, schedule (`ard_schedule`), clip: see `learning`
     ):
-        _check_weights(temperature, alpha), _check_choices(inner, teacher_sees, clean_target, reduction)
+        _check_weights(temperature, alpha)
+        _check_choices(inner, teacher_sees, clean_target, reduction)
         self.variant, chosen = variant, _variant(variant)
         self.reduction, self.fold = reduction or chosen["reduction"], fold
         if inner == "teacher": attack = partial(attack, objective="kl")
@@ -109,7 +111,8 @@ class ARD:
         self.attack = ready_attack(attack, mode, fold)
         self.inner, self.teacher_sees, self.clean_target = inner, teacher_sees, clean_target
         self.temperature, self.alpha = temperature, alpha
-        self.student, self.teacher = train_mode(student), freeze(teacher, student)
+        self.student = train_mode(student)
+        self.teacher = freeze(teacher, student)
         self.optimizer, self.schedule, self.clip = learning(student, weight_decay=weight_decay, **recipe)
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:

@@ -75,7 +75,8 @@ def check_ball(
     widest: float = math.inf,  # the largest radius in linf: 1 for images, since farther away there is none
 ) -> None:
     "Raise unless this is a ball: its radius a finite number >= 0, its norm known."
-    check_choice(("linf", "l2"), norm=norm), check_numbers(">= 0", eps=eps)
+    check_choice(("linf", "l2"), norm=norm)
+    check_numbers(">= 0", eps=eps)
     if norm == "linf" and eps > widest:
         raise ValueError(f"eps must lie in [0, {widest}], got {eps}; did you mean {eps:g}/255?")
 
@@ -131,7 +132,8 @@ class _Goal:
 # %% ../nbs/02_attacks.ipynb #696a42a4
 def _check(model, x, y, eps, norm, step_size=None, **counts):  # -> x and y, ready to be attacked
     if not isinstance(model, nn.Module): raise ValueError(f"model must be an nn.Module, got {_what(model)}")
-    check_ball(eps, norm, widest=1), check_numbers("whole >= 1", **counts)
+    check_ball(eps, norm, widest=1)
+    check_numbers("whole >= 1", **counts)
     if step_size is not None: check_numbers(">= 0", step_size=step_size)
     if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64) or x.ndim < 2:
         raise ValueError(f"x must be float32 in [0, 1] of shape (B, C, H, W), got {_what(x)}")

@@ -474,7 +474,8 @@ def moons(
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:  # (n, 2) float32, (n,) int64 in {0, 1}
     "Two interlocking half circles."
-    check_numbers("whole >= 1", n=n), check_numbers(">= 0", noise=noise)
+    check_numbers("whole >= 1", n=n)
+    check_numbers(">= 0", noise=noise)
     g = random_stream(seed, "moons")
     y = torch.arange(n) % 2
     angle = torch.rand(n, generator=g) * torch.pi
@@ -490,7 +491,8 @@ def rings(
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:  # (n, 2) float32, (n,) int64 in [0, classes)
     "Concentric rings, one a class."
-    check_numbers("whole >= 1", n=n, classes=classes), check_numbers(">= 0", noise=noise)
+    check_numbers("whole >= 1", n=n, classes=classes)
+    check_numbers(">= 0", noise=noise)
     g = random_stream(seed, "rings")
     y = torch.arange(n) % classes
     angle = torch.rand(n, generator=g) * 2 * torch.pi

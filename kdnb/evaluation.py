@@ -56,7 +56,8 @@ def _check_inputs(model, images, batch_size, seed):
     if not isinstance(images, Images):
         raise ValueError(f"images must be kdnb.data.Images, got {describe(images)}")
     if not len(images): raise ValueError("there are no images to evaluate on")
-    check_numbers("whole >= 1", batch_size=batch_size), check_numbers("whole", seed=seed)
+    check_numbers("whole >= 1", batch_size=batch_size)
+    check_numbers("whole", seed=seed)
 
 def _check_logits(**logits):
     check_alike("must be logits (N, K), for the same images", 2, **logits)
@@ -204,7 +205,8 @@ def _suite(model, eps, norm, targets, seed, device, fast):
     suite.apgd.loss, suite.fab.targeted, suite.square.verbose = "ce", True, False
     for attack in (suite.apgd, suite.apgd_targeted, suite.fab, suite.square): attack.seed = seed
     for attack in (suite.apgd_targeted, suite.fab): attack.n_target_classes = targets
-    if fast: _only_unbroken(suite.apgd), _only_unbroken(suite.apgd_targeted)
+    if fast:
+        for attack in (suite.apgd, suite.apgd_targeted): _only_unbroken(attack)
     return {"apgd-ce": suite.apgd, "apgd-t": suite.apgd_targeted, "fab-t": suite.fab, "square": suite.square}
 
 # %% ../nbs/04_evaluation.ipynb #e79e5ce0
@@ -281,7 +283,9 @@ def autoattack(
     checkpoint: str | Path | None = None,  # file to resume from; written after every batch
 ) -> Verdict:                # .accuracy, .clean, .survivors, .broken_by
     "AutoAttack (Croce and Hein 2020): each attack gets what the ones before it left unbroken."
-    check_ball(eps, norm, widest=1), _check_tier(tier), _check_inputs(model, images, batch_size, seed)
+    check_ball(eps, norm, widest=1)
+    _check_tier(tier)
+    _check_inputs(model, images, batch_size, seed)
     (attacks, targets), device = _TIERS[tier], _device(model, images)
     with frozen(model), _silent(), torch.inference_mode(False):
         logits = _predict(model, images, batch_size)
@@ -369,7 +373,9 @@ def masking_alarms(
     fast: bool = True,
 ) -> dict[str, Alarm]:
     "Signs that attacks fail for another reason than robustness (Athalye et al. 2018, Carlini et al. 2019)."
-    check_ball(eps, norm, widest=1), check_numbers("> 0", eps=eps), check_numbers("in [0, 1]", slack=slack)
+    check_ball(eps, norm, widest=1)
+    check_numbers("> 0", eps=eps)
+    check_numbers("in [0, 1]", slack=slack)
     check_numbers("whole >= 1", steps=steps, queries=queries)
     if not isinstance(surrogate, nn.Module | None):
         raise ValueError(f"surrogate must be an nn.Module, got {shown(surrogate)}")
@@ -411,7 +417,8 @@ def calibration_bins(
     bins: int = 10,       # equally wide pieces of [0, 1]
 ) -> tuple[Tensor, Tensor, Tensor]:  # mean confidence, accuracy, share of images: (bins,) each, 0 if empty
     "What a network's confidence is worth: the points of a reliability diagram (Guo et al. 2017)."
-    check_numbers("whole >= 1", bins=bins), _check_logits(logits=logits)
+    check_numbers("whole >= 1", bins=bins)
+    _check_logits(logits=logits)
     if y.shape != logits.shape[:1]: raise ValueError(f"y must be {len(logits)} labels, got {describe(y)}")
     check_labels(y, logits.shape[1])
     sure, guess = logits.detach().cpu().double().softmax(1).max(1)
@@ -461,7 +468,8 @@ def evaluate(
     attacks = list(attacks)
     names = [attack_name(attack) for attack in attacks]
     if len(set(names)) < len(names): raise ValueError(f"two attacks have the same name: {', '.join(names)}")
-    check_ball(eps, norm, widest=1), _check_inputs(model, images, batch_size, seed)
+    check_ball(eps, norm, widest=1)
+    _check_inputs(model, images, batch_size, seed)
     if autoattack: _check_tier(autoattack)
     with frozen(model): logits = _predict(model, images, batch_size)
     right = logits.argmax(1) == images.y.cpu()

@@ -56,7 +56,8 @@ def attention_map(
     power: float = 2.0,  # >= 1: below, a zero has no gradient
 ) -> Tensor:             # (B, H * W), each of l2 length 1; all zeros stay zeros
     "Where a layer is active: the mean of |activation|^power over channels (Zagoruyko 2017, sec. 3.1)."
-    check_alike("must be (B, D, H, W)", 4, maps=maps), check_numbers(">= 1", power=power)
+    check_alike("must be (B, D, H, W)", 4, maps=maps)
+    check_numbers(">= 1", power=power)
     maps = full(maps)
     top = maps.detach().abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-30)   # a faint map counts as well
     return F.normalize((maps / top).abs().pow(power).mean(1).flatten(1), dim=1)
@@ -136,11 +137,13 @@ class FeatureKD:
         pretrain_epochs: int = 0,      # >= 0: first so many epochs on maps alone, then none; 0: all at once
         **recipe,                      # lr, momentum, weight_decay, optimizer, schedule, clip: see `learning`
     ):
-        check_numbers(">= 0", beta=beta), check_numbers("in [0, 1]", alpha=alpha)
+        check_numbers(">= 0", beta=beta)
+        check_numbers("in [0, 1]", alpha=alpha)
         check_numbers("whole >= 0", pretrain_epochs=pretrain_epochs)
         if alpha and soft is None: raise ValueError("alpha > 0 needs soft, such as kdnb.kd.kd_loss")
         if pretrain_epochs and not beta: raise ValueError("pretrain_epochs needs beta > 0")
-        self.student, self.teacher = train_mode(student), freeze(teacher, student)
+        self.student = train_mode(student)
+        self.teacher = freeze(teacher, student)
         self.transfer, self.layers, self.beta = transfer, layers, beta
         self.soft, self.alpha, self.pretrain_epochs = soft, alpha, pretrain_epochs
         self.start_epoch(0)

@@ -40,9 +40,11 @@ class KD:
         reduction: str = "batchmean",  # see `kd_loss`
         **recipe,                      # lr, momentum, weight_decay, optimizer, schedule, clip: see `learning`
     ):
-        check_numbers("> 0", temperature=temperature), check_numbers("in [0, 1]", alpha=alpha)
+        check_numbers("> 0", temperature=temperature)
+        check_numbers("in [0, 1]", alpha=alpha)
         check_choice(("batchmean", "mean"), reduction=reduction)
-        self.student, self.teacher = train_mode(student), freeze(teacher, student)
+        self.student = train_mode(student)
+        self.teacher = freeze(teacher, student)
         self.temperature, self.alpha, self.reduction = temperature, alpha, reduction
         self.optimizer, self.schedule, self.clip = learning(student, **recipe)
 

@@ -103,7 +103,8 @@ class TRADES:
         weight_decay: float = 2e-4,
         **recipe,                      # lr, momentum, optimizer, schedule, clip: see `learning`
     ):
-        check_choice(("official", "two", "joint"), forwards=forwards), check_numbers(">= 0", beta=beta)
+        check_choice(("official", "two", "joint"), forwards=forwards)
+        check_numbers(">= 0", beta=beta)
         check_choice(("batchmean", "mean"), reduction=reduction)
         self.attack, self.fold = ready_attack(attack, attack_mode, fold), fold
         self.attack_name = attack_name(attack)

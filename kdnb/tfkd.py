@@ -42,7 +42,8 @@ def virtual_teacher(
 # %% ../nbs/24_tfkd.ipynb #9186f306
 def _check_virtual(correct_prob, temperature, softening, num_classes=float("inf")):
     if not compiling(): check_numbers(f"in ({1 / num_classes}, 1]", correct_prob=correct_prob)
-    check_numbers("> 0", temperature=temperature), check_choice(("probs", "logits"), softening=softening)
+    check_numbers("> 0", temperature=temperature)
+    check_choice(("probs", "logits"), softening=softening)
 
 # %% ../nbs/24_tfkd.ipynb #f6bf92e4
 def tf_kd_reg_loss(
@@ -57,7 +58,8 @@ def tf_kd_reg_loss(
     multiplier: float = 1.0,      # > 0: of the KL; up to 100 in the official settings
 ) -> Tensor:                      # scalar, nats
     "(1 - alpha) CE + alpha KL(virtual teacher || student) (Yuan et al. 2020, eq. 9)."
-    _check_mix(alpha, temperature, variant, multiplier), check_logits(logits=logits)
+    _check_mix(alpha, temperature, variant, multiplier)
+    check_logits(logits=logits)
     logits, K = full(logits), logits.shape[1]
     target = virtual_teacher(y, K, correct_prob, temperature, softening, logits.dtype)
     student = F.log_softmax(logits if variant == "official" else logits / temperature, dim=1)
@@ -83,7 +85,8 @@ def tf_kd_self_loss(
 
 # %% ../nbs/24_tfkd.ipynb #0f6e424b
 def _check_mix(alpha, temperature, variant, multiplier):
-    check_numbers("in [0, 1]", alpha=alpha), check_choice(("paper", "official"), variant=variant)
+    check_numbers("in [0, 1]", alpha=alpha)
+    check_choice(("paper", "official"), variant=variant)
     check_numbers("> 0", temperature=temperature, multiplier=multiplier)
 
 # %% ../nbs/24_tfkd.ipynb #09800259
@@ -94,7 +97,8 @@ def label_smoothing_loss(
     share: str = "all",           # among "all" K classes (PyTorch, the papers), or the K - 1 "wrong" ones
 ) -> Tensor:                      # scalar, nats
     "Cross-entropy with softened labels (Szegedy et al. 2016, sec. 7)."
-    check_numbers("in [0, 1]", eps=eps), check_choice(("all", "wrong"), share=share)
+    check_numbers("in [0, 1]", eps=eps)
+    check_choice(("all", "wrong"), share=share)
     check_logits(logits=logits)
     logits, K = full(logits), logits.shape[1]
     if share == "wrong": eps = eps * K / (K - 1)
@@ -112,7 +116,8 @@ def _settle(mode, teacher, given, correct_prob, softening):
     if (teacher is None) == (mode == "self"):
         raise ValueError(f"mode {mode!r} {'needs a' if mode == 'self' else 'takes no'} teacher")
     settings = _USUAL[mode] | {key: value for key, value in given.items() if value is not None}
-    _check_mix(**settings), _check_virtual(correct_prob, settings["temperature"], softening)
+    _check_mix(**settings)
+    _check_virtual(correct_prob, settings["temperature"], softening)
     return settings | (dict(correct_prob=correct_prob, softening=softening) if mode == "reg" else {})
 
 # %% ../nbs/24_tfkd.ipynb #2cb5e616
@@ -134,7 +139,8 @@ class TfKD:
     ):
         given = dict(alpha=alpha, temperature=temperature, variant=variant, multiplier=multiplier)
         self.settings = _settle(mode, teacher, given, correct_prob, softening)
-        self.mode, self.student = mode, train_mode(student)
+        self.mode = mode
+        self.student = train_mode(student)
         self.teacher = None if teacher is None else freeze(teacher, student)
         self.optimizer, self.schedule, self.clip = learning(student, **recipe)
 

@@ -109,7 +109,8 @@ def sgd(
     nesterov: bool = False,
 ) -> torch.optim.SGD:
     "SGD as the papers use it, in PyTorch's one-pass form."
-    check_numbers("> 0", lr=lr), check_numbers("in [0, 1)", momentum=momentum)
+    check_numbers("> 0", lr=lr)
+    check_numbers("in [0, 1)", momentum=momentum)
     check_numbers(">= 0", weight_decay=weight_decay)
     kinds = dict(weight_decay=weight_decay, nesterov=nesterov, fused=True)
     return torch.optim.SGD(_trainable(model), lr, momentum, **kinds)
@@ -282,7 +283,8 @@ class _Losses:
         if world() > 1:
             dist.all_reduce(table)
             table /= world()
-        table, first, self.pending = table.cpu(), step - len(self.pending) + 1, []
+        table, first = table.cpu(), step - len(self.pending) + 1
+        self.pending = []
         if len(bad := (~table.isfinite()).nonzero()):
             row, column = bad[0].tolist()
             raise FloatingPointError(
@@ -302,7 +304,8 @@ class _Losses:
 def _check_pixels(losses, step) -> None:
     "ValueError for the first batch with a pixel outside [0, 1], up to 1e-6, or NaN."
     if not losses.pixels: return
-    pairs, losses.pixels = torch.stack(losses.pixels).tolist(), []
+    pairs = torch.stack(losses.pixels).tolist()
+    losses.pixels = []
     for k, (low, high) in enumerate(pairs):
         check_pixels(low, high, "pixels", f"at step {step - len(pairs) + 1 + k}")
 
@@ -429,7 +432,8 @@ class _Planned(_State):
 
     def _check(self):
         check_choice(("fp32", "bf16"), precision=self.precision)
-        check_numbers("whole", seed=self.seed), check_numbers("whole >= 1", epoch_steps=self.epoch_steps)
+        check_numbers("whole", seed=self.seed)
+        check_numbers("whole >= 1", epoch_steps=self.epoch_steps)
         check_numbers("whole >= 0", max_steps=self.max_steps, checkpoint_steps=self.checkpoint_steps)
         if self.batches is None and self.epochs: raise ValueError("without batches pass steps, not epochs")
         if self.batches is not None and self.steps: raise ValueError("with batches pass epochs, not steps")

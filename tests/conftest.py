@@ -31,6 +31,12 @@ def stream(seed):
     return torch.Generator().manual_seed(seed)
 
 
+def batch(n=32, classes=10, seed=3):
+    "Random pictures, and classes for them."
+    draw = stream(seed)
+    return torch.rand(n, 1, 8, 8, generator=draw), torch.randint(0, classes, (n,), generator=draw)
+
+
 def state(module):
     return {k: v.clone() for k, v in module.state_dict().items()}
 

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import batch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -23,11 +24,6 @@ ATTACK = partial(pgd, eps=0.1, step_size=0.03, steps=3)
 
 def digits_net(name="resnet8", seed=0):
     return create_model(name, in_channels=1, image_size=8, seed=seed)
-
-
-def batch(n=12, seed=0):
-    rng = torch.Generator().manual_seed(seed)
-    return torch.rand(n, 1, 8, 8, generator=rng), torch.randint(0, 10, (n,), generator=rng)
 
 
 def logits(seed, b=5, k=7):

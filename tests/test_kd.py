@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import batch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -77,11 +78,6 @@ def test_hot_limit_is_logit_matching(seed):
 
 def net(seed=0, classes=10):
     return create_model("mlp_12", num_classes=classes, in_channels=1, image_size=8, seed=seed)
-
-
-def batch():
-    g = torch.Generator().manual_seed(3)
-    return torch.rand(16, 1, 8, 8, generator=g), torch.randint(0, 10, (16,), generator=g)
 
 
 @given(st.floats(0, 1), st.floats(0.5, 20))

@@ -12,6 +12,7 @@ from typing import get_args
 
 import pytest
 import torch
+from conftest import batch
 from torch import nn
 from torch.utils._pytree import tree_map
 
@@ -43,9 +44,7 @@ def net(seed=0):
     return create_model("resnet8", **SHAPE, seed=seed)
 
 
-def batch(n=8):
-    g = torch.Generator().manual_seed(5)
-    return torch.rand(n, 1, 8, 8, generator=g), torch.randint(4, (n,), generator=g)
+batch = partial(batch, classes=4)
 
 
 def alone(method, student, teacher, **more):
@@ -199,7 +198,7 @@ def test_other_outputs_than_logits_get_one_sentence(name, role, output):
 def numeric(kind, *types):
     "Keyword arguments of a class, of its bases and of `learning` that are numbers of these types."
     makers, names = [b.__init__ for b in kind.__mro__ if "__init__" in vars(b)], set()
-    if "recipe" in {name for make in makers for name in inspect.signature(make).parameters}: makers += [learning]
+    if any("recipe" in inspect.signature(make).parameters for make in makers): makers.append(learning)
     for make in makers:
         for name, p in inspect.signature(make).parameters.items():
             if {p.annotation, *get_args(p.annotation)} & {*types} and name != "seed": names.add(name)

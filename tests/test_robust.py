@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import same
+from conftest import batch, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -43,11 +43,6 @@ def conv(seed=0):
 
 def mlp(seed=0):
     return create_model("mlp_24", in_channels=1, image_size=8, seed=seed)
-
-
-def batch(n=32, seed=3):
-    g = torch.Generator().manual_seed(seed)
-    return torch.rand(n, 1, 8, 8, generator=g), torch.randint(0, 10, (n,), generator=g)
 
 
 # ---------------------------------------------------------------- the loss
