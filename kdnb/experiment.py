@@ -20,11 +20,10 @@ from .checks import check_folder, check_numbers, unknown
 from .data import Batches, Data, Images, check_data, load_data
 from .models import check_model, create_model
 from kdnb.runs import (
+    Lesson,
     ResultsTable,
-    notebooks,
     plan_run,
     protocol_name,
-    read_parameters,
     results_table,
     run_card,
     run_parameters,
@@ -111,7 +110,7 @@ class _Bench(_Setting):
 
 # %% ../nbs/07_experiment.ipynb #6e532f45
 def _check_world(notebook, values):  # models, data, folders: what the parameters name must be there
-    for name, (_, _, words) in read_parameters(notebooks()[notebook]).items():
+    for name, (_, _, words) in Lesson(notebook).parameters.items():
         if words.startswith(("a model", "models")):
             for model in str(values[name]).split(): check_model(model)
     check_data(values["data"], values["root"], values["download"])

@@ -74,8 +74,8 @@ class PGDAT:
 
 # %% ../nbs/12_robust.ipynb #311554b9
 def trades_loss(
-    clean_logits: Tensor,           # (B, K) raw scores on x; gradient flows here
-    adv_logits: Tensor,             # (B, K) raw scores on x_adv; and here: through both sides of the KL
+    adv_logits: Tensor,             # (B, K) raw scores on x_adv; gradient flows here
+    clean_logits: Tensor,           # (B, K) raw scores on x; and here: through both sides of the KL
     y: Tensor,                      # (B,) int64 labels; only the first term sees them
     beta: float = 6.0,              # >= 0: weight of the second term, the paper's 1/lambda
     reduction: str = "batchmean",   # "batchmean" is the KL, as in the official code; "mean" divides it by K

@@ -27,15 +27,12 @@ from pathlib import Path
 import kdnb
 from .checks import check_folder, check_numbers, shown
 from kdnb.runs import (
-    find_notebook,
-    first_cells,
+    Lesson,
     lessons_folder,
     load_cards,
     notebooks,
     plan_run,
-    presets,
     protocol_name,
-    read_parameters,
     results_table,
 )
 
@@ -60,13 +57,13 @@ def _check_output(output):  # its absolute path; never that of a lesson, not eve
     return output
 
 # %% ../nbs/06_runner.ipynb #a906532b
-def _check_setup(path, values, cwd):  # what parameters and setup cell raise becomes a ValueError here
-    cells = [re.sub(r"(?m)^[%!].*", "", source) for source in first_cells(path)]
+def _check_setup(name, values, cwd):  # what parameters and setup cell raise becomes a ValueError here
+    cells = [re.sub(r"(?m)^[%!].*", "", source) for source in Lesson(name).cells]
     cells.insert(1, "\n".join(f"{k} = {v!r}" for k, v in values.items()))
     done = subprocess.run([sys.executable], input="\n".join(cells), cwd=cwd, capture_output=True, text=True)
     if done.returncode:
         said = re.split(r"(?m)^ .*\n", done.stderr)[-1] or f"its setup ended with code {done.returncode}"
-        raise ValueError(f"{path.stem}: {' '.join(said.split()).removeprefix('ValueError: ')}")
+        raise ValueError(f"{name}: {' '.join(said.split()).removeprefix('ValueError: ')}")
 
 # %% ../nbs/06_runner.ipynb #d054cda3
 def _run_folder():  # where lessons work
@@ -123,7 +120,7 @@ def run_notebook(
     if not find_spec("papermill") or not find_spec("ipykernel"):
         raise ImportError('running notebooks needs papermill: pip install "kdnb[run]"')
     cwd = Path(cwd or _run_folder()).absolute()
-    _check_setup(notebooks()[name], values, cwd)
+    _check_setup(name, values, cwd)
     output.parent.mkdir(parents=True, exist_ok=True)
     log(f"{name}: preset {every.get('preset')}, seed {every.get('seed')}")
     with tempfile.TemporaryDirectory() as folder:
@@ -143,7 +140,7 @@ def sweep(
         raise ValueError(f"a sweep needs values to combine, got {shown(grid)}")
     points, report = _points(name, grid, preset, parameters, folder)
     with ThreadPoolExecutor(jobs) as pool, _lifeline() as line:
-        def check(out): return _check_setup(notebooks()[points[out][0]], points[out][1], _run_folder())
+        def check(out): return _check_setup(points[out][0], points[out][1], _run_folder())
         list(pool.map(check, [out for out, point in points.items() if not point[2]]))
         threads = str(max(1, (os.cpu_count() or 1) // jobs))
         env = {"OMP_NUM_THREADS": threads, **os.environ, "KDNB_LIFELINE": "1"}
@@ -226,13 +223,13 @@ def _read_cells(path):
 
 def _list(name):  # what `kdnb list` prints
     if name:
-        name = find_notebook(name)
-        lines = [f"{name}: presets {', '.join(['default', *presets(name)])}"]
-        for key, (kind, default, words) in read_parameters(notebooks()[name]).items():
+        lesson = Lesson(name)
+        lines = [f"{lesson.name}: presets {', '.join(['default', *lesson.presets])}"]
+        for key, (kind, default, words) in lesson.parameters.items():
             lines.append(f"  {key:<20} {kind.__name__:<6} {default!r:<14} {words}")
         return "\n".join(lines)
     titles = {n: _read_cells(p)[0]["source"] for n, p in notebooks().items()}
-    return "\n".join(f"{n:<14} {''.join(t).splitlines()[0][2:]:<50} {' '.join(presets(n))}".rstrip()
+    return "\n".join(f"{n:<14} {''.join(t).splitlines()[0][2:]:<50} {' '.join(Lesson(n).presets)}".rstrip()
                      for n, t in titles.items())
 
 # %% ../nbs/06_runner.ipynb #afb4d5cd
@@ -285,10 +282,10 @@ def _command(args):  # -> exit code
         copied = copy_notebooks(args.folder, args.force)
         print(f"{len(copied)} files copied; to read them: jupyter lab {args.folder}")
     elif args.command == "results":
-        names = [find_notebook(args.name)] if args.name else [n for n in notebooks() if load_cards(n)]
+        names = [Lesson(args.name).name] if args.name else [n for n in notebooks() if load_cards(n)]
         print("\n\n".join(str(results_table(n)) for n in names) or "no recorded runs yet")
     else:
-        kinds = {k: v[0] for k, v in read_parameters(notebooks()[find_notebook(args.name)]).items()}
+        kinds = {k: v[0] for k, v in Lesson(args.name).parameters.items()}
         def read(name, text):
             return _read(kinds.get(name, str), text)
         pairs = [g.partition("=")[::2] for g in getattr(args, "grid", [])]
@@ -298,7 +295,7 @@ def _command(args):  # -> exit code
         common = {"preset": args.preset, "parameters": {k: read(k, v) for k, v in args.set}}
         if args.command == "run":
             out = run_notebook(args.name, output=args.output, experiment=args.experiment, **common)
-            table = _shown_table(out, find_notebook(args.name))
+            table = _shown_table(out, Lesson(args.name).name)
             print(f"\n{table}\n\nthe executed notebook: {os.path.relpath(out)}")
         else:
             grid = {k: [read(k, v) for v in values.split(",")] for k, values in pairs}

@@ -47,7 +47,7 @@ def _check_virtual(correct_prob, temperature, softening, num_classes=float("inf"
 
 # %% ../nbs/24_tfkd.ipynb #f6bf92e4
 def tf_kd_reg_loss(
-    logits: Tensor,               # (B, K) student's raw scores; gradient flows here
+    student_logits: Tensor,       # (B, K) raw scores; gradient flows here
     y: Tensor,                    # (B,) int64 labels
     *,
     alpha: float = 0.1,           # in [0, 1]: weight of the virtual teacher, 1 - alpha is that of the labels
@@ -59,8 +59,9 @@ def tf_kd_reg_loss(
 ) -> Tensor:                      # scalar, nats
     "(1 - alpha) CE + alpha KL(virtual teacher || student) (Yuan et al. 2020, eq. 9)."
     _check_mix(alpha, temperature, variant, multiplier)
-    check_logits(logits=logits)
-    logits, K = full(logits), logits.shape[1]
+    check_logits(student_logits=student_logits)
+    logits = full(student_logits)
+    K = logits.shape[1]
     target = virtual_teacher(y, K, correct_prob, temperature, softening, logits.dtype)
     student = F.log_softmax(logits if variant == "official" else logits / temperature, dim=1)
     soft = F.kl_div(student, target, reduction="batchmean") / (K if variant == "official" else 1)
@@ -68,7 +69,7 @@ def tf_kd_reg_loss(
 
 # %% ../nbs/24_tfkd.ipynb #8b318444
 def tf_kd_self_loss(
-    logits: Tensor,               # (B, K) student's raw scores; gradient flows here
+    student_logits: Tensor,       # (B, K) raw scores; gradient flows here
     teacher_logits: Tensor,       # (B, K) those of a trained network of the same build; no hidden detach
     y: Tensor,                    # (B,) int64 labels
     *,
@@ -79,7 +80,7 @@ def tf_kd_self_loss(
 ) -> Tensor:                      # scalar, nats
     "(1 - alpha) CE + alpha T^2 KL(teacher || student): distillation from oneself (Yuan et al. 2020, eq. 7)."
     _check_mix(alpha, temperature, variant, multiplier)
-    logits = full(logits)
+    logits = full(student_logits)
     soft = kd_loss(logits, teacher_logits, temperature, "mean" if variant == "official" else "batchmean")
     return (1 - alpha) * F.cross_entropy(logits, y) + alpha * multiplier * soft
 
@@ -91,7 +92,7 @@ def _check_mix(alpha, temperature, variant, multiplier):
 
 # %% ../nbs/24_tfkd.ipynb #09800259
 def label_smoothing_loss(
-    logits: Tensor,               # (B, K) raw scores; gradient flows here
+    student_logits: Tensor,       # (B, K) raw scores; gradient flows here
     y: Tensor,                    # (B,) int64 labels
     eps: float = 0.1,             # in [0, 1]: what the label gives away
     share: str = "all",           # among "all" K classes (PyTorch, the papers), or the K - 1 "wrong" ones
@@ -99,8 +100,9 @@ def label_smoothing_loss(
     "Cross-entropy with softened labels (Szegedy et al. 2016, sec. 7)."
     check_numbers("in [0, 1]", eps=eps)
     check_choice(("all", "wrong"), share=share)
-    check_logits(logits=logits)
-    logits, K = full(logits), logits.shape[1]
+    check_logits(student_logits=student_logits)
+    logits = full(student_logits)
+    K = logits.shape[1]
     if share == "wrong": eps = eps * K / (K - 1)
     if eps <= 1: return F.cross_entropy(logits, y, label_smoothing=eps)
     log_p = F.log_softmax(logits, dim=1)

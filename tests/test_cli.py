@@ -16,11 +16,10 @@ import pytest
 from kdnb import __version__ as version
 from kdnb.runner import _output_name, _parser, main, run_notebook, sweep
 from kdnb.runs import (
+    Lesson,
     load_cards,
-    notebooks,
     plan_run,
     protocol_name,
-    read_parameters,
     results_table,
     run_card,
     run_parameters,
@@ -446,7 +445,7 @@ def test_run_parameters():
 
 
 def test_read_parameters(toy):
-    found = read_parameters(notebooks()["90_toy"])
+    found = Lesson("90_toy").parameters
     assert list(found) == [line.split(":")[0] for line in PARAMETERS.splitlines()]
     assert found["lr"] == (float, 0.1, "learning rate") and found["fast"] == (bool, False, "skip nothing")
 

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 
 from kdnb.experiment import Experiment
-from kdnb.runs import load_cards, notebooks, read_parameters
+from kdnb.runs import Lesson, load_cards
 from kdnb.training import Supervised
 
 GUIDE = Path(__file__).parent.parent / "docs" / "write-a-lesson.md"
@@ -79,7 +79,7 @@ def test_an_output_that_cannot_be_written_starts_nothing(folder):
 
 def experiment(**changes):
     "The room's own toy, with other values."
-    declared = read_parameters(notebooks()["07_experiment"])
+    declared = Lesson("07_experiment").parameters
     values = {name: default for name, (_, default, _) in declared.items()} | changes
     kinds = {name: kind for name, (kind, _, _) in declared.items()}
     return Experiment("07_experiment", {"__annotations__": kinds, **values})

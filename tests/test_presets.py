@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kdnb.runs import notebooks, read_parameters
+from kdnb.runs import Lesson
 
 PARAMS = Path(__file__).parent.parent / "nbs" / "params"
 PRESETS = sorted(p.stem for p in PARAMS.glob("*.yaml"))
@@ -22,7 +22,7 @@ def start(preset, folder):
     small = {"test_images": 16, "val_images": 8, "eval_steps": 2, "attack_steps": 2, "batch_size": 32}
     small |= {"autoattack_images": 2, "autoattack_tier": "lite", "boundary_images": 4}
     small |= {"curve_images": 4, "curve_steps": 3}
-    declared = read_parameters(notebooks()[name])
+    declared = Lesson(name).parameters
     values |= {key: value for key, value in small.items() if key in declared}
     words = [word for key, value in values.items() for word in ("-p", key, str(value))]
     command = [sys.executable, "-m", "kdnb.runner", "run", name, "--experiment", "-f", kind]

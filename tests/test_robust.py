@@ -55,14 +55,14 @@ def test_value_is_the_sum_over_classes(seed, shape, beta):
     natural = -p.gather(1, y[:, None]).log().mean()
     boundary = (p * (p.log() - q.log())).sum(1).mean()
     by_hand, by_mean = natural + beta * boundary, natural + beta * boundary / shape[1]
-    assert torch.isclose(trades_loss(clean, adv, y, beta), by_hand, rtol=1e-8)
-    assert torch.isclose(trades_loss(clean, adv, y, beta, "mean"), by_mean, rtol=1e-8)
+    assert torch.isclose(trades_loss(adv, clean, y, beta), by_hand, rtol=1e-8)
+    assert torch.isclose(trades_loss(adv, clean, y, beta, "mean"), by_mean, rtol=1e-8)
 
 
 @given(seeds, shapes, st.floats(0, 20))
 def test_gradients_are_the_closed_forms(seed, shape, beta):
     clean, adv, y = draw(seed, shape)
-    loss = trades_loss(clean.requires_grad_(), adv.requires_grad_(), y, beta)
+    loss = trades_loss(adv.requires_grad_(), clean.requires_grad_(), y, beta)
     to_clean, to_adv = torch.autograd.grad(loss, (clean, adv))
     p, q = clean.softmax(1), adv.softmax(1)
     gap = p.log() - q.log()
@@ -74,15 +74,15 @@ def test_gradients_are_the_closed_forms(seed, shape, beta):
 def test_gradient_against_finite_differences():
     clean, adv, y = draw(0, (3, 5))
     clean, adv = (clean / 4).requires_grad_(), (adv / 4).requires_grad_()
-    assert torch.autograd.gradcheck(lambda a, b: trades_loss(a, b, y, 3.0), (clean, adv))
+    assert torch.autograd.gradcheck(lambda a, b: trades_loss(b, a, y, 3.0), (clean, adv))
 
 
 @given(seeds, shapes)
 def test_no_second_term_where_both_agree_and_labels_stay_out_of_it(seed, shape):
     clean, adv, y = draw(seed, shape)
-    assert torch.isclose(trades_loss(clean, clean + 3, y, 50.0), F.cross_entropy(clean, y), rtol=1e-8)
+    assert torch.isclose(trades_loss(clean + 3, clean, y, 50.0), F.cross_entropy(clean, y), rtol=1e-8)
     other = (y + 1) % shape[1]
-    second = [trades_loss(clean, adv, labels, 2.0) - F.cross_entropy(clean, labels) for labels in (y, other)]
+    second = [trades_loss(adv, clean, labels, 2.0) - F.cross_entropy(clean, labels) for labels in (y, other)]
     assert torch.isclose(*second, atol=1e-9)
     assert torch.isclose(second[0], 2 * F.kl_div(adv.log_softmax(1), clean.softmax(1), reduction="batchmean"))
 

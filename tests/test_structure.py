@@ -22,7 +22,7 @@ import nbformat
 import pytest
 import yaml
 
-from kdnb.runs import plan_run, read_parameters
+from kdnb.runs import Lesson, plan_run
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = Path(sysconfig.get_path("scripts"))
@@ -347,7 +347,7 @@ DATA = "preset data root download image_size val_fraction train_images".split()
 
 @each_lesson
 def test_parameters_have_one_vocabulary(name):
-    found = read_parameters(NOTEBOOKS[name])
+    found = Lesson(name).parameters
     assert [*found][: len(DATA)] == DATA, f"{name}: begins with {DATA}"
     assert [*found][-len(HOUSE) :] == HOUSE, f"{name}: ends with {HOUSE}"
     assert {"arms", "batch_size", "lr", "weight_decay"} <= {*found}, f"{name}: a word is missing"
@@ -361,7 +361,7 @@ def outside(kind):
 @each_lesson
 def test_every_rule_is_kept(name):
     free = {"preset", "root", "checkpoints", "results", "arms", "pairs"}  # asked elsewhere, or free
-    for key, (kind, _, words) in read_parameters(NOTEBOOKS[name]).items():
+    for key, (kind, _, words) in Lesson(name).parameters.items():
         if kind is bool or key in free or words.startswith(("a model", "models", "a layer", "where to")):
             continue
         refused = 0
