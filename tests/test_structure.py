@@ -245,6 +245,19 @@ def test_lint():
     assert done.returncode == 0, "\n" + done.stdout + done.stderr
 
 
+ACTS = {"train_mode", "freeze", "fit", "update", "move"}     # they change what they are given
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_one_thing_a_line(module):
+    "No tuple as a statement; what changes a network is not packed into an assignment of several names."
+    for node in ast.walk(ast.parse(module_source(module))):
+        assert not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Tuple)), ast.unparse(node)
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
+            calls = {getattr(n.func, "id", "") for n in ast.walk(node.value) if isinstance(n, ast.Call)}
+            assert not ACTS & calls, ast.unparse(node)
+
+
 # ---------------------------------------------------------------- imports
 
 
