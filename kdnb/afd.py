@@ -15,21 +15,22 @@ from torch import Tensor, nn
 from .attacks import frozen
 from .checks import check_alike, check_apart, check_choice, check_logits, check_numbers, full, logits_of
 from .kd import kd_loss
-from .models import features, num_params, seeded
-from .training import freeze, sgd, train_mode, update
+from .models import features, seeded
+from .training import freeze, learning, move, train_mode, update, weights_of
 
 # %% ../nbs/23_afd.ipynb #480a9ab2
 def mutual_loss(
-    logits: Tensor,             # (B, K) raw scores of the network that learns; gradient flows here
+    student_logits: Tensor,     # (B, K) raw scores of the network that learns; gradient flows here
     peer_logits: Tensor,        # (B, K) of the one it learns from; no hidden detach
     y: Tensor,                  # (B,) int64 labels
     temperature: float = 3.0,   # > 0
     alpha: float = 1.0,         # >= 0: weight of the peer; 1 in the paper
 ) -> Tensor:                    # scalar, nats
     "CE + alpha T^2 KL(peer || own) (Chung et al. 2020, L_logit; with T = 1 Zhang et al. 2018, DML)."
-    check_numbers(">= 0", alpha=alpha), check_logits(logits=logits, peer_logits=peer_logits)
-    logits = full(logits)
-    return F.cross_entropy(logits, y) + alpha * kd_loss(logits, peer_logits, temperature)
+    check_numbers(">= 0", alpha=alpha)
+    check_logits(student_logits=student_logits, peer_logits=peer_logits)
+    student_logits = full(student_logits)
+    return F.cross_entropy(student_logits, y) + alpha * kd_loss(student_logits, peer_logits, temperature)
 
 # %% ../nbs/23_afd.ipynb #be51d6ae
 def _peers(scheme, n):  # of whoever learns
@@ -38,23 +39,16 @@ def _peers(scheme, n):  # of whoever learns
     return {k: [(k - 1) % n] for k in range(n)}   # for "ensemble": of the maps
 
 # %% ../nbs/23_afd.ipynb #67e484ab
-def _logit_losses(method, logits, y):  # one for each that learns
-    _check_classes(logits)
-    logits = [full(z) for z in logits]
-    targets, losses = [z.detach() for z in logits], []
-    if method.scheme == "ensemble": targets = [torch.stack(targets).mean(0)] * len(targets)
-    for k, peers in method.peers.items():
-        each = [mutual_loss(logits[k], targets[j], y, method.temperature, method.alpha) for j in peers]
-        losses.append(sum(each) / len(each))
-    return losses
+def _by_learner(peers, losses):  # of links (k, j): one for each k that learns, the mean over its peers
+    return [sum(losses[k, j] for j in each) / len(each) for k, each in peers.items()]
 
-def _check_classes(logits): check_logits(**{f"network {k}": z for k, z in enumerate(logits, 1)})
-
-def _named(method, losses):  # loss_1 is that of the first network
-    each = {f"loss_{k + 1}": loss.detach() for k, loss in zip(method.peers, losses, strict=True)}
+def _named(peers, losses):  # loss_1 is that of the first network
+    each = {f"loss_{k + 1}": loss.detach() for k, loss in zip(peers, losses, strict=True)}
     return {"loss": _mean(losses)} | each
 
 def _mean(losses): return torch.stack(losses).detach().mean()
+
+def _check_classes(logits): check_logits(**{f"network {k}": z for k, z in enumerate(logits, 1)})
 
 # %% ../nbs/23_afd.ipynb #3770cc75
 class DML:
@@ -69,46 +63,34 @@ class DML:
                                        # "offline": from the last, a trained one, put into eval and frozen
         temperature: float = 3.0,      # > 0; 1 in DML's own paper
         alpha: float = 1.0,            # >= 0: weight of the peers; 0: each for itself
-        lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 1e-4,
-        schedule: Callable | None = None,   # optimiser -> scheduler, stepped once an epoch
+        weight_decay: float = 1e-4,
+        **recipe,                      # lr, momentum, optimizer, schedule, clip: see `learning`
     ):
         _check_networks(networks, scheme)
-        check_numbers("> 0", temperature=temperature, lr=lr), check_numbers(">= 0", alpha=alpha)
+        check_numbers("> 0", temperature=temperature)
+        check_numbers(">= 0", alpha=alpha)
         self.scheme, self.temperature, self.alpha = scheme, float(temperature), float(alpha)
         self.peers = _peers(scheme, len(networks))   # who learns from whom, counted from 0
         self.links = [(k, j) for k, peers in self.peers.items() for j in peers]
         self.networks, self.student = list(networks), networks[0]
-        self.build = f"parameters {[num_params(net) for net in networks]}"   # a checkpoint must agree
         if scheme == "offline": freeze(networks[-1])
-        learners = [networks[k] for k in self.peers]
+        learners = nn.ModuleList([networks[k] for k in self.peers])
         train_mode(*learners)
-        self.optimizer = sgd(nn.ModuleList(learners), lr, momentum, weight_decay)
-        self.schedules = [schedule(self.optimizer)] if schedule else []
+        self.optimizer, self.schedule, self.clip = learning(learners, weight_decay=weight_decay, **recipe)
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         "One update of all that learn, on x (B, C, H, W) in [0, 1], y (B,); peers' answers are constants."
-        losses = _logit_losses(self, [logits_of(net(x), len(x)) for net in self.networks], y)
-        update(self.optimizer, sum(losses))
-        return _named(self, losses)
+        losses = self._logit_losses([logits_of(net(x), len(x)) for net in self.networks], y)
+        update(self.optimizer, sum(losses), self.clip)
+        return _named(self.peers, losses)
 
-    def end_epoch(self, epoch: int) -> None:
-        "Move the learning rates on."
-        for schedule in self.schedules: schedule.step()
-
-# %% ../nbs/23_afd.ipynb #ff9cc7ca
-def _weights(optimizer): return [p for g in optimizer.param_groups for p in g["params"]] if optimizer else []
-
-def _update(loss, *optimizers):
-    "Gradients go to the weights of these and to nothing else; returns their length for the last, a scalar."
-    for optimizer in filter(None, optimizers): optimizer.zero_grad()
-    loss.backward(inputs=sum(map(_weights, optimizers), []))
-    return [_move(optimizer) for optimizer in optimizers if optimizer][-1]
-
-def _move(optimizer):
-    optimizer.step()     # among several processes `fit` takes the mean of their gradients here
-    length = nn.utils.get_total_norm([p.grad for p in _weights(optimizer) if p.grad is not None])
-    optimizer.zero_grad(); torch.clear_autocast_cache()     # it holds the weights of before
-    return length
+    def _logit_losses(self, logits, y):
+        _check_classes(logits)
+        logits = [full(z) for z in logits]
+        targets = [z.detach() for z in logits]
+        if self.scheme == "ensemble": targets = [torch.stack(targets).mean(0)] * len(targets)
+        def loss(k, j): return mutual_loss(logits[k], targets[j], y, self.temperature, self.alpha)
+        return _by_learner(self.peers, {(k, j): loss(k, j) for k, j in self.links})
 
 # %% ../nbs/23_afd.ipynb #b2c8e474
 def _check_networks(networks, scheme):
@@ -181,8 +163,83 @@ def compare_maps(
     distance = torch.linalg.vector_norm(first - second, dim=1).mean()
     return {"cosine": F.cosine_similarity(first, second).mean(), "distance": distance}
 
+# %% ../nbs/23_afd.ipynb #d20cde9b
+class _Game(DML):
+    "One iteration of `AFD`."
+
+    def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        "One iteration on x (B, C, H, W) in [0, 1] and y (B,); who moves when, `order` says."
+        if not self.beta: return super().step(x, y)
+        logits, maps = _answers(self.networks, self.layers, x)
+        losses = self._logit_losses(logits, y)
+        if self.order == "fresh":     # batch norm counts both passes
+            update(self.optimizer, sum(losses), self.clip)
+            for k in self.peers: maps[k] = _answer(self.networks[k], x, self.layers[k])[1]
+        maps = [transfer(m) for transfer, m in zip(self.transfers, maps, strict=True)]
+        found = _named(self.peers, losses) | self._discriminator_step(maps)
+        parts = self._feature_losses(maps)
+        length = self._feature_step(sum(losses), self.beta * sum(parts))
+        return found | {"feature": _mean(parts), "feature_gradient": length} | _likeness(self.links, maps)
+
+    def _discriminator_step(self, maps):
+        if not self.discriminators: return {}
+        losses, right = _judge(self.discriminator, self.discriminators, self.links, maps)
+        length = _length(update, self.discriminator_optimizer, sum(losses))
+        return {"discriminator": _mean(losses), "discriminator_accuracy": torch.cat(right).float().mean(),
+                "discriminator_gradient": length}
+
+    def _feature_losses(self, maps):
+        return _by_learner(self.peers, _fool(self.discriminator, self.discriminators, self.links, maps))
+
+    def _feature_step(self, logit, feature):  # and the logit step, if it is still to come
+        adam = self.feature_optimizer     # None if "joint" has no transfer layer to move
+        if self.order == "fresh": return _length(update, adam, feature)
+        theirs = weights_of(adam) if adam else []
+        slopes = theirs and torch.autograd.grad(feature, theirs, retain_graph=True, allow_unused=True)
+        if self.order == "joint": logit = logit + feature
+        length = _length(update, self.optimizer, logit, self.clip)
+        for p, slope in zip(theirs, slopes, strict=True): p.grad = slope
+        if adam: moved = _length(move, adam)
+        return length if self.order == "joint" else moved
+
+# %% ../nbs/23_afd.ipynb #0c5d8c39
+def _length(act, optimizer, *inputs):  # of the gradient that `update` or `move` goes down, a scalar
+    found = []
+    def measure(*_):     # after the step: among several processes it is the mean of their gradients
+        slopes = [p.grad for p in weights_of(optimizer) if p.grad is not None]
+        found.append(nn.utils.get_total_norm(slopes))
+
+    with optimizer.register_step_post_hook(measure): act(optimizer, *inputs)
+    return found[0]
+
+# %% ../nbs/23_afd.ipynb #523943cb
+def _judge(kind, critics, links, maps):  # their losses, and where they are right; maps are constants
+    maps = [m.detach() for m in maps]
+    if kind == "one":
+        scores = [critics[0](m) for m in maps]
+        return [_told(s, k) for k, s in enumerate(scores)], [s.argmax(1) == k for k, s in enumerate(scores)]
+    values = [(d(maps[j]), d(maps[k])) for d, (k, j) in zip(critics, links, strict=True)]
+    right = [v for real, fake in values for v in (real > 0.5, fake < 0.5)]
+    return [discriminator_loss(*v) for v in values], right
+
+def _told(scores, k): return -scores.log_softmax(1)[:, k].mean()   # cross-entropy with source k
+
+# %% ../nbs/23_afd.ipynb #627cab73
+def _fool(kind, critics, links, maps):  # what k pays until it passes for its peer j, a constant; by link
+    if kind == "each":
+        return {(k, j): feature_loss(d(maps[k])) for d, (k, j) in zip(critics, links, strict=True)}
+    if kind == "one":
+        scores = {k: critics[0](maps[k]) for k in dict(links)}
+        return {(k, j): _told(scores[k], j) for k, j in links}
+    return {(k, j): F.l1_loss(full(maps[k]), full(maps[j].detach())) for k, j in links}
+
+@torch.no_grad()
+def _likeness(links, maps):
+    each = [compare_maps(maps[k], maps[j]) for k, j in links]
+    return {name: _mean([values[name] for values in each]) for name in each[0]}
+
 # %% ../nbs/23_afd.ipynb #0e69bc80
-class AFD(DML):
+class AFD(_Game):
     "Networks that also fool each other's discriminators: maps alike in distribution (Chung et al. 2020)."
 
     def __init__(
@@ -202,64 +259,56 @@ class AFD(DML):
         feature_weight_decay: float = 0.1,       # >= 0, of both Adams: added to the gradient
         feature_schedule: Callable | None = None,   # optimiser -> scheduler, of both Adams
         seed: int | None = None,       # initialisation of discriminators and transfer layers
-        **recipe,                      # scheme, temperature, alpha, lr, schedule ...: see `DML`
+        **recipe,                      # scheme, temperature, alpha, lr, clip (logit step) ...: see `DML`
     ):
         if discriminator_lr is None: discriminator_lr = feature_lr
-        if layers is None or isinstance(layers, str): layers = [layers] * len(networks)
-        _check_afd(discriminator, order, layers, networks)
+        layers = _settle(discriminator, order, layers, len(networks))
         check_numbers("> 0", feature_lr=feature_lr, discriminator_lr=discriminator_lr)
         check_numbers(">= 0", beta=beta, feature_weight_decay=feature_weight_decay)
         super().__init__(networks, **recipe)
-        self.discriminator, self.order, self.beta = discriminator, order, float(beta)
-        self.layers, self.build = layers, f"{self.build}, layers {layers}"
-        bodies = _build(self, example, seed)
+        self.discriminator, self.order, self.beta, self.layers = discriminator, order, float(beta), layers
+        widths, bodies = _try_out(self.networks, layers, example, weights_of(self.optimizer))
+        width = widths[-1] if self.scheme == "offline" else max(widths)   # a fixed teacher's maps stay so
+        sources = {"each": [1] * len(self.links), "one": [len(widths)], "none": []}[discriminator]
+        like = next(self.student.parameters())    # its device and precision
+        with seeded(seed):
+            self.transfers = [TransferLayer(own, width).to(like) for own in widths]
+            self.discriminators = [Discriminator(width, n).to(like) for n in sources]
+        if order == "joint": bodies = []
         self.feature_optimizer = _adam(self.transfers, feature_lr, feature_weight_decay, bodies)
         self.discriminator_optimizer = _adam(self.discriminators, discriminator_lr, feature_weight_decay)
         adams = filter(None, (self.feature_optimizer, self.discriminator_optimizer))
-        if beta and feature_schedule: self.schedules += map(feature_schedule, adams)
-
-    def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        "One iteration on x (B, C, H, W) in [0, 1] and y (B,); who moves when, `order` says."
-        return _afd_step(self, x, y) if self.beta else super().step(x, y)
+        self.feature_schedules = [*map(feature_schedule, adams)] if beta and feature_schedule else []
 
 # %% ../nbs/23_afd.ipynb #444a512f
-def _check_afd(discriminator, order, layers, networks):
+def _settle(discriminator, order, layers, count):  # layers, one for each network
     check_choice(("each", "one", "none"), discriminator=discriminator)
     check_choice(("shared", "fresh", "joint"), order=order)
-    if (n := len(networks)) != len(layers): raise ValueError(f"layers must be one name or {n}, got {layers}")
+    if layers is None or isinstance(layers, str): return [layers] * count
+    if len(layers) != count: raise ValueError(f"layers must be one name or {count}, got {layers}")
+    return layers
 
 # %% ../nbs/23_afd.ipynb #5c51aa90
-def _build(method, example, seed):  # transfer layers and discriminators; returns the weights that shape maps
-    widths, bodies = _try_out(method, example)
-    width = widths[-1] if method.scheme == "offline" else max(widths)   # a fixed teacher's maps stay so
-    sources = {"each": [1] * len(method.links), "one": [len(widths)], "none": []}[method.discriminator]
-    like = next(method.student.parameters())    # its device and precision
-    with seeded(seed):
-        method.transfers = [TransferLayer(own, width).to(like) for own in widths]
-        method.discriminators = [Discriminator(width, n).to(like) for n in sources]
-    return bodies if method.order != "joint" else []
-
 def _adam(modules, lr, decay, more=()):
     weights = [*more, *nn.ModuleList(modules).parameters()]
     return torch.optim.Adam(weights, lr, weight_decay=decay, fused=True) if weights else None
 
 # %% ../nbs/23_afd.ipynb #0d4fa813
-def _try_out(method, example):  # channels of all maps, weights that shape them; raises if they do not fit
-    weights = _weights(method.optimizer)
-    with frozen(nn.ModuleList(method.networks)), torch.compiler.set_stance("force_eager"):
+def _try_out(networks, layers, example, weights):  # channels of all maps, weights that shape them; or raises
+    with frozen(nn.ModuleList(networks)), torch.compiler.set_stance("force_eager"):
         for p in weights: p.requires_grad_()
         example = example.to(weights[0])
-        logits, maps = _answers(method, example)
+        logits, maps = _answers(networks, layers, example)
         _check_classes(logits)
         if any(m.ndim != 4 for m in maps) or len({m.shape[2:] for m in maps}) > 1:
             rule = f"maps must be 4-D, of equal height and width, got {' and '.join(map(_size, maps))}"
-            raise ValueError(f"{rule}; choose layers= among {_choice(method.networks, example)}")
+            raise ValueError(f"{rule}; choose layers= among {_choice(networks, example)}")
         if not (seen := [m.sum() for m in maps if m.requires_grad]): raise ValueError("all maps are frozen")
         slopes = torch.autograd.grad(seen, weights, allow_unused=True)
     return [m.shape[1] for m in maps], [p for p, s in zip(weights, slopes, strict=True) if s is not None]
 
-def _answers(method, x):  # logits and maps, two lists
-    both = zip(method.networks, method.layers, strict=True)
+def _answers(networks, layers, x):  # logits and maps, two lists
+    both = zip(networks, layers, strict=True)
     return map(list, zip(*[_answer(net, x, layer) for net, layer in both], strict=True))
 
 def _answer(net, x, layer):
@@ -272,63 +321,3 @@ def _choice(networks, x):  # in words: the maps there are
     return "; ".join(f"network {k}: {names}" for k, names in enumerate(found, 1))
 
 def _size(m): return " x ".join(map(str, m.shape[2:] if m.ndim == 4 else m.shape))
-
-# %% ../nbs/23_afd.ipynb #d20cde9b
-def _afd_step(method, x, y):
-    logits, maps = _answers(method, x)
-    losses = _logit_losses(method, logits, y)
-    if method.order == "fresh":     # batch norm counts both passes
-        _update(sum(losses), method.optimizer)
-        for k in method.peers: maps[k] = _answer(method.networks[k], x, method.layers[k])[1]
-    maps = [transfer(m) for transfer, m in zip(method.transfers, maps, strict=True)]
-    found = _named(method, losses) | _discriminator_step(method, maps)
-    parts = _feature_losses(method, maps)
-    length = _feature_step(method, sum(losses), method.beta * sum(parts))
-    return found | {"feature": _mean(parts), "feature_gradient": length} | _likeness(method, maps)
-
-# %% ../nbs/23_afd.ipynb #523943cb
-def _discriminator_step(method, maps):
-    if not method.discriminators: return {}
-    losses, right = _judge(method, [m.detach() for m in maps])
-    length = _update(sum(losses), method.discriminator_optimizer)
-    return {"discriminator": _mean(losses), "discriminator_accuracy": torch.cat(right).float().mean(),
-            "discriminator_gradient": length}
-
-def _judge(method, maps):  # losses, and where the discriminators are right
-    if method.discriminator == "one":
-        scores = [method.discriminators[0](m) for m in maps]
-        return [_told(s, k) for k, s in enumerate(scores)], [s.argmax(1) == k for k, s in enumerate(scores)]
-    links = zip(method.discriminators, method.links, strict=True)
-    values = [(d(maps[j]), d(maps[k])) for d, (k, j) in links]
-    right = [v for real, fake in values for v in (real > 0.5, fake < 0.5)]
-    return [discriminator_loss(*v) for v in values], right
-
-def _told(scores, k): return -scores.log_softmax(1)[:, k].mean()   # cross-entropy with source k
-
-# %% ../nbs/23_afd.ipynb #627cab73
-def _feature_losses(method, maps):  # one for each that learns, mean over its peers, which are constants
-    if method.discriminator == "each":
-        links = zip(method.discriminators, method.links, strict=True)
-        found = {(k, j): feature_loss(d(maps[k])) for d, (k, j) in links}
-    elif method.discriminator == "one":
-        scores = {k: method.discriminators[0](maps[k]) for k in method.peers}
-        found = {(k, j): _told(scores[k], j) for k, j in method.links}
-    else:
-        found = {(k, j): F.l1_loss(full(maps[k]), full(maps[j].detach())) for k, j in method.links}
-    return [sum(found[k, j] for j in peers) / len(peers) for k, peers in method.peers.items()]
-
-@torch.no_grad()
-def _likeness(method, maps):
-    each = [compare_maps(maps[k], maps[j]) for k, j in method.links]
-    return {name: _mean([values[name] for values in each]) for name in each[0]}
-
-# %% ../nbs/23_afd.ipynb #0c5d8c39
-def _feature_step(method, logit, feature):  # and the logit step, if it is still to come
-    theirs = _weights(method.feature_optimizer)
-    if method.order == "fresh": return _update(feature, method.feature_optimizer)
-    if method.order == "joint":         # the length of the sum
-        return _update(logit + feature, method.feature_optimizer, method.optimizer)
-    slopes = torch.autograd.grad(feature, theirs, retain_graph=True, allow_unused=True)
-    _update(logit, method.optimizer)
-    for p, slope in zip(theirs, slopes, strict=True): p.grad = slope
-    return _move(method.feature_optimizer)

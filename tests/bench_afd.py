@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from bench_attacks import noise
 from bench_training import begin, clock, compare, in_bf16, report, rounds_asked
 
-from kdnb.afd import AFD, DML, _discriminator_step, _feature_losses, _update
+from kdnb.afd import AFD, DML
 from kdnb.models import create_model, features
+from kdnb.training import update
 
 BATCH = 64
 
@@ -168,10 +169,10 @@ def bench_parts(rounds, name):
         dml.step(x, y)
 
     def judge():
-        _discriminator_step(afd, constants)
+        afd._discriminator_step(constants)
 
     def maps():  # forward and backward
-        _update(sum(_feature_losses(afd, [m["stage3"] for _, m in forward()])), afd.feature_optimizer)
+        update(afd.feature_optimizer, sum(afd._feature_losses([m["stage3"] for _, m in forward()])))
 
     jobs = {"AFD": lambda: afd.step(x, y), "DML": logits, "forward": forward, "D-step": judge, "G-step": maps}
     for job in jobs.values():

@@ -16,9 +16,7 @@ from kdnb.afd import (
     DML,
     Discriminator,
     TransferLayer,
-    _feature_losses,
     _likeness,
-    _logit_losses,
     compare_maps,
     discriminator_loss,
     feature_loss,
@@ -26,7 +24,7 @@ from kdnb.afd import (
 )
 from kdnb.kd import kd_loss
 from kdnb.models import create_model, features, load_model, num_params, save_model
-from kdnb.training import fit
+from kdnb.training import fit, weights_of
 
 SHAPE = dict(num_classes=4, in_channels=1, image_size=8)
 MIXED = ["resnet8", "wrn_10_2"]  # 64 and 128 channels
@@ -232,7 +230,7 @@ def test_without_feature_weight_it_is_dml_bit_by_bit(scheme):
     histories = [fit(m, batches(), epochs=2, progress="off") for m in (afd, dml)]
     assert all(map(same, afd.networks, dml.networks))
     assert [h["loss"] for h in histories][0] == histories[1]["loss"]
-    assert len(afd.schedules) == 1  # of an optimiser that never steps PyTorch would warn
+    assert not afd.feature_schedules  # of an optimiser that never steps PyTorch would warn
     before = method(*["resnet8"] * 3, **recipe)
     assert all(map(same, before.discriminators, afd.discriminators))  # never touched
 
@@ -481,11 +479,44 @@ def test_gradients_reported_are_those_of_the_steps():
         torch.testing.assert_close(found[name], length, rtol=1e-4, atol=0)  # a sum of 10^5 squares
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_clip_shortens_the_logit_step_alone(order):
+    "In the joint order the step of the sum; what is reported is the gradient that was gone down."
+    clip, found, lengths = 1e-3, [], {}
+    for kind in ("optimizer", "feature_optimizer", "discriminator_optimizer"):
+
+        def look(optimizer, *_, kind=kind):
+            slopes = [p.grad.flatten() for p in weights_of(optimizer) if p.grad is not None]
+            lengths.setdefault(kind, []).append(torch.cat(slopes).norm().item())
+
+        for limit in (clip, 1e6):
+            afd = method(*MIXED, order=order, clip=limit)
+            getattr(afd, kind).register_step_post_hook(look)
+            found.append(afd.step(*images()))
+    short, long = lengths.pop("optimizer")
+    assert short == pytest.approx(clip, rel=1e-3) and long > 10 * clip
+    assert found[0]["feature_gradient"].item() == pytest.approx(
+        short if order == "joint" else lengths["feature_optimizer"][0], rel=1e-3
+    )
+    if order == "fresh":
+        lengths = {}  # new weights, new maps
+    for short, long in lengths.values():
+        assert short == pytest.approx(long, rel=1e-5) and short > 0
+
+
+def test_any_optimiser_makes_the_logit_step():
+    afd = method(optimizer=torch.optim.AdamW, schedule=halve)
+    before = state(afd.student)
+    fit(afd, batches(1), epochs=1, progress="off")
+    assert isinstance(afd.optimizer, torch.optim.AdamW) and afd.optimizer.param_groups[0]["lr"] == 5e-4
+    assert not torch.equal(before["linear.weight"], afd.student.linear.weight)
+
+
 def test_likeness_is_the_mean_over_links():
     afd = method("resnet8", "resnet8", "resnet8", scheme="pairs")
     maps = [torch.rand(4, 64, 2, 2, generator=stream(k)) for k in range(3)]
     each = [compare_maps(maps[k], maps[j]) for k in range(3) for j in range(3) if j != k]
-    for name, value in _likeness(afd, maps).items():
+    for name, value in _likeness(afd.links, maps).items():
         torch.testing.assert_close(value, torch.stack([found[name] for found in each]).mean())
 
 
@@ -725,11 +756,11 @@ def test_values_of_bfloat16_maps_are_float32():
     with torch.autocast("cpu", torch.bfloat16):
         assert Discriminator(64)(maps).dtype == torch.float32
     afd = method(discriminator="none")
-    assert _feature_losses(afd, [maps, maps + 1])[0].dtype == torch.float32
+    assert afd._feature_losses([maps, maps + 1])[0].dtype == torch.float32
     afd = DML(nets("resnet8", "resnet8", "resnet8"), scheme="ensemble", alpha=1.0)
     z, y = [torch.randn(8, 4, generator=stream(k)).bfloat16() for k in range(3)], images()[1]
     wanted = mutual_loss(z[0], torch.stack([v.float() for v in z]).mean(0), y)
-    torch.testing.assert_close(_logit_losses(afd, z, y)[0], wanted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(afd._logit_losses(z, y)[0], wanted, rtol=0, atol=1e-6)
 
 
 @pytest.fixture
