@@ -8,7 +8,8 @@ from pathlib import Path
 HOME = Path(__file__).resolve().parent
 FLOORS = {
     "Ground": ["checks", "checkpoint", "data", "models", "attacks"],
-    "First floor: training, evaluation, runs": ["training", "evaluation", "runs", "runner"],
+    "First floor: learning, training, evaluation, runs": [
+        "learning", "training", "evaluation", "runs", "runner"],
     "Second floor: experiments, and lessons that others stand on": ["experiment", "kd", "features", "robust"],
     "Third floor: the five papers": ["bss", "abm", "ard", "afd", "tfkd"],
 }

@@ -20,8 +20,8 @@ from .checks import check_alike, check_choice, check_labels, check_numbers, full
 from .data import own_share
 from .features import attention_loss
 from .kd import kd_loss
+from .learning import freeze, train_mode, update
 from .models import Normalize, features, fold_batchnorm, seeded
-from .training import freeze, train_mode, update
 
 # %% ../nbs/21_abm.ipynb #7eb79637
 def _variant(name, generator_lr, clip):

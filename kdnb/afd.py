@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from .attacks import frozen
 from .checks import check_alike, check_apart, check_choice, check_logits, check_numbers, full, logits_of
 from .kd import kd_loss
+from .learning import freeze, learning, move, train_mode, update, weights_of
 from .models import features, seeded
-from .training import freeze, learning, move, train_mode, update, weights_of
 
 # %% ../nbs/23_afd.ipynb #480a9ab2
 def mutual_loss(

@@ -17,8 +17,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from .attacks import attack_name, pgd
 from .checks import check_choice, check_logits, check_numbers, full, logits_of
 from .kd import kd_loss
+from .learning import freeze, learning, train_mode, update
 from .robust import attacked, ready_attack
-from .training import freeze, learning, train_mode, update
 
 # %% ../nbs/22_ard.ipynb #719b5105
 def ard_loss(

@@ -20,8 +20,8 @@ from .attacks import attack_name, frozen
 from .checks import check_alike, check_choice, check_labels, check_logits, check_numbers, full, logits_of
 from .data import own_share
 from .kd import kd_loss
+from .learning import freeze, learning, train_mode, update
 from .models import Normalize, fold_batchnorm
-from .training import freeze, learning, train_mode, update
 
 # %% ../nbs/20_bss.ipynb #79c2cb8d
 class Samples(NamedTuple):

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from .attacks import frozen
 from .checks import check_alike, check_choice, check_numbers, full, logits_of
+from .learning import freeze, learning, train_mode, update
 from .models import features, seeded
-from .training import freeze, learning, train_mode, update
 
 # %% ../nbs/11_features.ipynb #b11bed32
 def hint_loss(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_choice, check_numbers, full, logits_of
-from .training import freeze, kl_divergence, learning, train_mode, update
+from .learning import freeze, kl_divergence, learning, train_mode, update
 
 # %% ../nbs/10_kd.ipynb #eae95900
 def kd_loss(

@@ -18,8 +18,9 @@ from .attacks import attack_name, pgd
 from .checks import check_choice, check_numbers, full, logits_of
 from .data import Images
 from .evaluation import robust_accuracy
+from .learning import kl_divergence, learning, train_mode, update
 from .models import fold_batchnorm
-from .training import accuracy, kl_divergence, learning, train_mode, update
+from .training import accuracy
 
 # %% ../nbs/12_robust.ipynb #848d11a5
 _PGD10 = partial(pgd, eps=8 / 255, step_size=2 / 255, steps=10)

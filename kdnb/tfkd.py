@@ -18,8 +18,8 @@ from torch.nn.utils.parametrize import cached
 from .attacks import attack_name, frozen, pgd
 from .checks import check_choice, check_labels, check_logits, check_numbers, compiling, full, logits_of
 from .kd import kd_loss
+from .learning import freeze, learning, train_mode, update
 from .robust import attacked, ready_attack
-from .training import freeze, learning, train_mode, update
 
 # %% ../nbs/24_tfkd.ipynb #66610c07
 def virtual_teacher(

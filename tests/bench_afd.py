@@ -15,8 +15,8 @@ from bench_attacks import noise
 from bench_training import begin, clock, compare, in_bf16, report, rounds_asked
 
 from kdnb.afd import AFD, DML
+from kdnb.learning import update
 from kdnb.models import create_model, features
-from kdnb.training import update
 
 BATCH = 64
 

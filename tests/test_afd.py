@@ -23,8 +23,9 @@ from kdnb.afd import (
     mutual_loss,
 )
 from kdnb.kd import kd_loss
+from kdnb.learning import weights_of
 from kdnb.models import create_model, features, load_model, num_params, save_model
-from kdnb.training import fit, weights_of
+from kdnb.training import fit
 
 SHAPE = dict(num_classes=4, in_channels=1, image_size=8)
 MIXED = ["resnet8", "wrn_10_2"]  # 64 and 128 channels

@@ -16,8 +16,9 @@ from kdnb.ard import ARD, ard_loss, ard_schedule
 from kdnb.attacks import attack_name, pgd
 from kdnb.data import Batches, load_data
 from kdnb.kd import KD, kd_loss
+from kdnb.learning import sgd
 from kdnb.models import create_model
-from kdnb.training import fit, sgd
+from kdnb.training import fit
 
 ATTACK = partial(pgd, eps=0.1, step_size=0.03, steps=3)
 

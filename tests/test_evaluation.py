@@ -27,8 +27,9 @@ from kdnb.evaluation import (
     robust_accuracy,
     still_right,
 )
+from kdnb.learning import update
 from kdnb.models import create_model
-from kdnb.training import Supervised, accuracy, fit, update
+from kdnb.training import Supervised, accuracy, fit
 
 EPS = 0.1
 

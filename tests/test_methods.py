@@ -23,6 +23,7 @@ from kdnb.attacks import pgd
 from kdnb.bss import BSS, bss_loss
 from kdnb.features import AT, FSP, FeatureKD, FitNet, attention_loss, fsp_loss, hint_loss
 from kdnb.kd import KD, kd_loss
+from kdnb.learning import kl_divergence, learning
 from kdnb.models import create_model
 from kdnb.robust import PGDAT, TRADES, trades_loss
 from kdnb.tfkd import (
@@ -33,7 +34,7 @@ from kdnb.tfkd import (
     tf_kd_self_loss,
     virtual_teacher,
 )
-from kdnb.training import Supervised, kl_divergence, learning
+from kdnb.training import Supervised
 
 SHAPE = dict(num_classes=4, in_channels=1, image_size=8)
 TWO = partial(pgd, eps=0.1, steps=2)

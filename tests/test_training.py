@@ -24,9 +24,10 @@ from kdnb import training
 from kdnb.attacks import pgd
 from kdnb.data import Batches, Images, load_data
 from kdnb.kd import KD
+from kdnb.learning import per_step, update
 from kdnb.models import create_model
 from kdnb.robust import PGDAT
-from kdnb.training import Supervised, TensorBoard, accuracy, fit, per_step, predict, update
+from kdnb.training import Supervised, TensorBoard, accuracy, fit, predict
 
 # The script that the tests kill, resume and run in two processes: it distils on digits and saves the student.
 SCRIPT = """
