@@ -374,11 +374,13 @@ class _Placed(_Planned):
                 module.compile()
                 undo.callback(setattr, module, "_compiled_call_impl", None)
         for optimizer in (o for o in parts if isinstance(o, Optimizer)):
-            hooks = [optimizer.register_step_pre_hook(_average_gradients)] if world() > 1 else []
-            if self.precision == "bf16":
-                hooks.append(optimizer.register_step_post_hook(lambda *_: torch.clear_autocast_cache()))
-            for hook in hooks: undo.callback(hook.remove)
+            for hook in _hooks(optimizer, self.precision): undo.callback(hook.remove)
         return modules
+
+# %% ../nbs/03_training.ipynb #69e2bc27
+def _hooks(optimizer, precision):
+    if world() > 1: yield optimizer.register_step_pre_hook(_average_gradients)
+    if precision == "bf16": yield optimizer.register_step_post_hook(lambda *_: torch.clear_autocast_cache())
 
 # %% ../nbs/03_training.ipynb #037daf5a
 class _Fed(_Placed):
@@ -447,8 +449,8 @@ class _Scheduled(_Fed):
         "What `act` returns; schedules that it moves on are the method's own from here on."
         before = {name: _clock(schedule) for name, schedule in self.schedules.items()}
         found = act(*inputs)
-        moved = [name for name, schedule in self.schedules.items() if before.get(name) != _clock(schedule)]
-        self.done["own"] += [name for name in moved if name not in self.done["own"]]
+        moved = {name for name, schedule in self.schedules.items() if before[name] != _clock(schedule)}
+        self.done["own"] = sorted({*self.done["own"], *moved})
         return found
 
     def _move_on(self, each: str) -> None:
@@ -456,9 +458,7 @@ class _Scheduled(_Fed):
             when = "step" if getattr(schedule, "per_step", False) else "epoch"
             if when == each and name not in self.done["own"]: schedule.step()
 
-def _clock(schedule):
-    parts = getattr(schedule, "_schedulers", [schedule])
-    return [part.last_epoch for part in parts]
+def _clock(schedule): return [part.last_epoch for part in getattr(schedule, "_schedulers", [schedule])]
 
 # %% ../nbs/03_training.ipynb #1ee89f32
 class _Stepped(_Scheduled):
