@@ -756,7 +756,7 @@ def test_curves_refuse_what_cannot_be_compared():
         transition_curves(model, model, x, torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 3\)"):
         transition_curves(model, model, x, torch.full((40,), 3))
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(ValueError, match="number_of_images must be a whole number >= 1, got 0"):
         transition_curves(model, model, x[:0])
     with pytest.raises(ValueError, match="NaN"):
         transition_curves(model, model, x * math.nan)
