@@ -208,8 +208,9 @@ class ABM(_Game):
         check_numbers("whole >= 0", generator_steps=generator_steps)
         self.variant, self.beta, self.layers, self.fresh = variant, float(beta), layers, fresh
         self.generator_steps, self.student_steps, self.batch_size = generator_steps, student_steps, batch_size
-        self.teacher, self.steps, self.clip = freeze(teacher, student, generator), steps, clip
-        self.student, self.generator = train_mode(student, generator), generator
+        self.steps, self.clip, self.generator = steps, clip, generator
+        self.teacher = freeze(teacher, student, generator)
+        self.student = train_mode(student, generator)
         if fold and not (layers and beta): self.teacher = fold_batchnorm(teacher)
         self.alarm = CollapseAlarm(self._try_out(), alarm)
         self.optimizer, self.generator_optimizer = _adam(student, lr), _adam(generator, generator_lr)

@@ -96,7 +96,7 @@ def _as_fine(model, x):  # a model in float64 is walked in float64
     return x.to(torch.promote_types(x.dtype, next((p.dtype for p in model.parameters()), x.dtype)))
 
 # %% ../nbs/20_bss.ipynb #927995f3
-def _check_plan(x, base, target, rule, eta, eps, steps, unit, low, high):  # eta; no tensor is read: it would wait
+def _check_plan(x, base, target, rule, eta, eps, steps, unit, low, high):  # eta; reads no tensor
     usual = {"paper": 0.3, "boundary": 1.02}
     check_choice(usual, rule=rule)
     eta = usual[rule] if eta is None else eta
@@ -182,7 +182,8 @@ def bss_weights(
     epochs: int,    # of the whole training
 ) -> tuple:         # (alpha, beta): weights of the clean and of the boundary term
     "Both terms fade: alpha from 4 to 1 over the training, beta from 2 to 0 over three quarters of it."
-    check_numbers("whole >= 1", epochs=epochs), check_numbers(f"whole in [1, {epochs}]", epoch=epoch)
+    check_numbers("whole >= 1", epochs=epochs)
+    check_numbers(f"whole in [1, {epochs}]", epoch=epoch)
     return 3 * (1 - epoch / epochs) + 1, 2 * max(1 - 4 / 3 * epoch / epochs, 0.0)
 
 # %% ../nbs/20_bss.ipynb #d909fc22
@@ -243,10 +244,10 @@ class BSS(_Imitation):
         bss_loss(*torch.zeros(2, 0, 2), temperature, form)      # checks both
         self.variant, self.attack_size, self.base, self.target = variant, attack_size, base, target
         self.epochs, self.temperature, self.form = epochs, temperature, form
+        self.attack, self.attack_name, self.weights = attack, attack_name(attack), bss_weights(1, epochs)
         self.teacher = freeze(teacher, student)
         self.student = train_mode(student)
         if fold: self.teacher = fold_batchnorm(teacher)
-        self.attack, self.attack_name, self.weights = attack, attack_name(attack), bss_weights(1, epochs)
         if (variant, self.attack_name) == ("official", "bss_attack"): self.attack = partial(_official, attack)
         self.optimizer, self.schedule, self.clip = learning(student, weight_decay=weight_decay, **recipe)
         self.rate = self.optimizer.param_groups[0]["lr"]
@@ -298,8 +299,7 @@ def find_boundary(
     x = _as_fine(model, x)
     with frozen(model), torch.no_grad(): K = logits_of(model(x[:1]), 1).shape[1]
     rows, targets = (base[:, None] != torch.arange(K, device=x.device)).nonzero().T
-    shifts = x.new_zeros(len(x), K, *x.shape[1:])
-    found = Boundary(shifts, torch.zeros(len(x), K, dtype=torch.bool, device=x.device))
+    found = Boundary(x.new_zeros(len(x), K, *x.shape[1:]), x.new_zeros(len(x), K, dtype=torch.bool))
     for n, k in zip(rows.split(batch_size), targets.split(batch_size), strict=True):
         samples = bss_attack(model, x[n], base[n], k, **{"rule": "boundary"} | walk)
         found.shift[n, k], found.success[n, k] = samples.x - x[n], samples.success
