@@ -92,7 +92,8 @@ class CollapseAlarm(nn.Module):
     # stops: False never raises; patience: batches to see first, a newborn generator is often in this state
     def __init__(self, num_classes: int, stops: bool = True, patience: int = 50):
         super().__init__()
-        check_numbers("whole >= 1", num_classes=num_classes), check_numbers("whole >= 0", patience=patience)
+        check_numbers("whole >= 1", num_classes=num_classes)
+        check_numbers("whole >= 0", patience=patience)
         self.stops, self.patience = stops, patience
         self.register_buffer("shares", torch.zeros(num_classes))   # of images, by the teacher's class
         self.register_buffer("spread", torch.zeros(()))     # std of a pixel over a batch / of all pixels
@@ -122,63 +123,64 @@ class CollapseAlarm(nn.Module):
         raise RuntimeError(f"the generator has collapsed: {seen}; {advice}")
 
 # %% ../nbs/21_abm.ipynb #4c10e198
-def _abm_step(method):
-    z, found, losses = _noise(method), {}, []
-    for _ in range(method.generator_steps): found["generator"] = _generator_step(method, z)
-    for k in range(method.student_steps):
-        if k and method.fresh: z = _noise(method)
-        if not k or method.fresh: x, teacher_logits, theirs = _lesson(method, z)
-        logits, ours = _answer(method, method.student, x)
-        loss = abm_student_loss(logits, teacher_logits, ours, theirs, method.beta, **method.loss)
-        update(method.optimizer, loss, method.clip)
-        losses.append(loss.detach())
-        if not k: found |= {"teacher_sure": _sure(teacher_logits), "student_sure": _sure(logits)}
-    for schedule in method.schedules:
-        if schedule.last_epoch < schedule.T_max: schedule.step()
-    return {"loss": torch.stack(losses).mean()} | found | method.alarm.add(x, teacher_logits)
+class _Questions:
+    "Images to ask about, and what a network answers."
+
+    def _blank(self, count):  # (count, z_size) zeros, where the generator is
+        return next(self.generator.parameters()).new_zeros(count, self.generator.z_size)
+
+    def _noise(self):
+        share = own_share(0, self.batch_size)        # of this process
+        return self._blank(share.stop - share.start).normal_()
+
+    @torch.no_grad()
+    def _lesson(self, z):  # images, the teacher's logits and maps
+        x = self.generator(z)
+        return x, *self._answer(self.teacher, x)
+
+    def _answer(self, model, x):  # logits, and maps if attention counts
+        logits, maps = features(model, x, self.layers) if self.beta else (model(x), None)
+        return full(logits_of(logits, len(x))), maps
+
+    def _try_out(self):  # K; raises if the three networks do not fit together
+        if not hasattr(self.generator, "z_size"):
+            raise ValueError("generator needs an attribute z_size: how many numbers of noise it takes")
+        with frozen(self.generator), frozen(self.student), torch.no_grad():
+            x, teacher_logits, theirs = self._lesson(self._blank(2))
+            logits, ours = self._answer(self.student, x)
+            abm_student_loss(logits, teacher_logits, ours, theirs, self.beta, **self.loss)
+        return logits.shape[1]
 
 # %% ../nbs/21_abm.ipynb #63864804
-def _generator_step(method, z):
-    with frozen(method.student, "found"):       # it takes no gradient, but its batch norm counts
-        x = method.generator(z)
-        logits, teacher_logits = (logits_of(net(x), len(x)) for net in (method.student, method.teacher))
-        loss = generator_loss(logits, teacher_logits, method.loss["reduction"])
-        update(method.generator_optimizer, loss, method.clip)
-    return loss.detach()
+class _Game(_Questions):
+    "Algorithm 1 of the paper."
 
-# %% ../nbs/21_abm.ipynb #dc8114e2
-def _noise(method):
-    share = own_share(0, method.batch_size)        # of this process
-    return torch.randn(share.stop - share.start, method.generator.z_size, **_place(method))
-
-def _place(method):
-    weight = next(method.generator.parameters())
-    return {"device": weight.device, "dtype": weight.dtype}
-
-@torch.no_grad()
-def _lesson(method, z):  # images, the teacher's logits and maps
-    x = method.generator(z)
-    return x, *_answer(method, method.teacher, x)
-
-def _answer(method, model, x):
-    logits, maps = features(model, x, method.layers) if method.beta else (model(x), None)
-    return full(logits_of(logits, len(x))), maps
+    def step(self, x=None, y=None) -> dict[str, Tensor]:
+        "One iteration: the generator's steps, then the student's. There is no data: x and y are not used."
+        z = self._noise()
+        found, losses = {}, []
+        for _ in range(self.generator_steps):
+            x = self.generator(z)
+            answers = [logits_of(net(x), len(x)) for net in (self.student, self.teacher)]
+            loss = generator_loss(*answers, self.loss["reduction"])
+            update(self.generator_optimizer, loss, self.clip)
+            found["generator"] = loss.detach()
+        x, teacher_logits, theirs = self._lesson(z)
+        for k in range(self.student_steps):
+            if k and self.fresh: x, teacher_logits, theirs = self._lesson(self._noise())
+            logits, ours = self._answer(self.student, x)
+            loss = abm_student_loss(logits, teacher_logits, ours, theirs, self.beta, **self.loss)
+            update(self.optimizer, loss, self.clip)
+            losses.append(loss.detach())
+            if not k: found |= {"teacher_sure": _sure(teacher_logits), "student_sure": _sure(logits)}
+        for schedule in self.schedules:
+            if schedule.last_epoch < schedule.T_max: schedule.step()
+        return {"loss": torch.stack(losses).mean()} | found | self.alarm.add(x, teacher_logits)
 
 def _sure(logits): return logits.detach().softmax(1).amax(1).mean()
 
-# %% ../nbs/21_abm.ipynb #dc28aa51
-def _try_out(method):  # K; raises if the three networks do not fit together
-    if not hasattr(method.generator, "z_size"):
-        raise ValueError("generator needs an attribute z_size: how many numbers of noise it takes")
-    z = torch.zeros(2, method.generator.z_size, **_place(method))
-    with frozen(method.generator), frozen(method.student), torch.no_grad():
-        x, teacher_logits, theirs = _lesson(method, z)
-        logits, ours = _answer(method, method.student, x)
-        abm_student_loss(logits, teacher_logits, ours, theirs, method.beta, **method.loss)
-    return logits.shape[1]
-
 # %% ../nbs/21_abm.ipynb #e76623fb
-class ABM:
+class ABM(_Game):
     "Train `student` without data: a generator seeks images on which it differs from a frozen teacher."
 
     def __init__(
@@ -201,22 +203,19 @@ class ABM:
         generator_lr, clip, self.loss = _variant(variant, generator_lr, clip)
         check_numbers("> 0", lr=lr, generator_lr=generator_lr, **{} if clip == math.inf else {"clip": clip})
         check_numbers("whole >= 1", steps=steps, student_steps=student_steps)
-        check_numbers("whole >= 2", batch_size=batch_size), check_numbers(">= 0", beta=beta)
+        check_numbers("whole >= 2", batch_size=batch_size)
+        check_numbers(">= 0", beta=beta)
         check_numbers("whole >= 0", generator_steps=generator_steps)
         self.variant, self.beta, self.layers, self.fresh = variant, float(beta), layers, fresh
         self.generator_steps, self.student_steps, self.batch_size = generator_steps, student_steps, batch_size
-        self.student, self.generator, self.clip = train_mode(student, generator), generator, clip
-        teacher, fold, self.steps = freeze(teacher, student, generator), fold and not (layers and beta), steps
-        self.teacher = fold_batchnorm(teacher) if fold else teacher
-        self.alarm = CollapseAlarm(_try_out(self), alarm)
-        self.build = f"layers {layers}, fold {fold}, z_size {generator.z_size}"   # a checkpoint must agree
+        self.steps, self.clip, self.generator = steps, clip, generator
+        self.teacher = freeze(teacher, student, generator)
+        self.student = train_mode(student, generator)
+        if fold and not (layers and beta): self.teacher = fold_batchnorm(teacher)
+        self.alarm = CollapseAlarm(self._try_out(), alarm)
         self.optimizer, self.generator_optimizer = _adam(student, lr), _adam(generator, generator_lr)
         moving = [self.optimizer] + [self.generator_optimizer] * bool(generator_steps)
         self.schedules = [CosineAnnealingLR(optimizer, steps) for optimizer in moving]
-
-    def step(self, x=None, y=None) -> dict[str, Tensor]:
-        "One iteration: the generator's steps, then the student's. There is no data: x and y are not used."
-        return _abm_step(self)
 
     def end_epoch(self, epoch: int) -> None:
         "Stop with a RuntimeError if the generator has collapsed, unless alarm=False."
@@ -250,8 +249,8 @@ def transition_curves(
     batch_size: int = 500,        # walks at once
 ) -> TransitionCurves:
     "Walk each image to every other class, in normalised pixels that nothing cuts (Micaelli 2019, alg. 2)."
-    check_numbers("whole >= 1", steps=steps, batch_size=batch_size), check_numbers("> 0", step_size=step_size)
-    if not len(x): raise ValueError("there are no images to start from")
+    check_numbers("whole >= 1", steps=steps, batch_size=batch_size, number_of_images=len(x))
+    check_numbers("> 0", step_size=step_size)
     if not bool(x.isfinite().all()): raise ValueError("x holds NaN or infinite values")
     if labels is not None: check_alike("must be (N,), N images", 1, labels=labels, images=x.new_empty(len(x)))
     x = x.to(torch.promote_types(x.dtype, next((p.dtype for p in model.parameters()), x.dtype)))

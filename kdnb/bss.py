@@ -48,8 +48,9 @@ def bss_attack(
     high: Tensor | float = 1.0,  # () or (1, C, 1, 1)
 ) -> Samples:
     "Boundary supporting samples: down L = f_base - f_target until x leaves its class (Heo et al. 2019)."
-    eta, x = _check_plan(x, base, target, rule, eta, eps, steps), _as_fine(model, x)
-    unit = _check_space(Normalize.of(model)[1] if unit is None else unit, low, high)
+    unit = Normalize.of(model)[1] if unit is None else unit
+    eta = _check_plan(x, base, target, rule, eta, eps, steps, unit, low, high)
+    x = _as_fine(model, x)
     with frozen(model), torch.no_grad():
         height, slope, logits = _height(model, x, base, target, checked=False)
         moving = (logits.argmax(1) == base).nonzero()[:, 0]
@@ -70,10 +71,6 @@ def bss_attack(
     return Samples(x_adv, (logits.argmax(1) == target) & (iterations > 0), iterations, logits)
 
 # %% ../nbs/20_bss.ipynb #266ca194
-def _gap(logits, base, target):  # L, (B,)
-    return (logits.gather(1, base[:, None]) - logits.gather(1, target[:, None]))[:, 0]
-
-# %% ../nbs/20_bss.ipynb #5b12ca34
 def _height(model, x, base, target, checked=True):
     "L (B,), its gradient (B, C, H, W), and the logits (B, K)."
     with torch.enable_grad():
@@ -84,39 +81,39 @@ def _height(model, x, base, target, checked=True):
         (slope,) = torch.autograd.grad(height.sum(), x)
     return height.detach(), slope, logits.detach()
 
+def _gap(logits, base, target):  # L, (B,)
+    return (logits.gather(1, base[:, None]) - logits.gather(1, target[:, None]))[:, 0]
+
 # %% ../nbs/20_bss.ipynb #16d69699
 def _move(x, slope, size, rule, unit, low, high):
     "`size` along the slope, or size / |slope|, in a space where `unit` is 1; no slope, no move."
     slope = slope * unit
     length = slope.flatten(1).norm(dim=1).clamp_min(1e-12)
-    size = size / length**(2 if rule == "boundary" else 1)
-    moved = x - unit * slope * size.view(-1, *[1] * (x.ndim - 1))
-    return moved.clamp_(min=low).clamp_(max=high).to(x.dtype)
+    size = (size / length**(2 if rule == "boundary" else 1)).view(-1, *[1] * (x.ndim - 1))
+    return (x - unit * slope * size).clamp_(min=low).clamp_(max=high).to(x.dtype)
 
 def _as_fine(model, x):  # a model in float64 is walked in float64
     return x.to(torch.promote_types(x.dtype, next((p.dtype for p in model.parameters()), x.dtype)))
 
 # %% ../nbs/20_bss.ipynb #927995f3
-def _check_plan(x, base, target, rule, eta, eps, steps):
+def _check_plan(x, base, target, rule, eta, eps, steps, unit, low, high):  # eta; reads no tensor
     usual = {"paper": 0.3, "boundary": 1.02}
     check_choice(usual, rule=rule)
     eta = usual[rule] if eta is None else eta
-    check_numbers("> 0", eta=eta), check_numbers(">= 0", eps=eps), check_numbers("whole >= 1", steps=steps)
+    check_numbers("> 0", eta=eta, **{} if isinstance(unit, Tensor) else {"unit": unit})
+    check_numbers(">= 0", eps=eps)
+    check_numbers("whole >= 1", steps=steps)
     if not x.is_floating_point(): raise ValueError(f"x must hold finite floats, got {x.dtype}")
     check_alike("must be (B,), B images", 1, base=base, target=target, images=x.new_empty(len(x)))
-    return eta
-
-def _check_space(unit, low, high):  # numbers only: a look at tensors would wait for the device
-    if not isinstance(unit, Tensor): check_numbers("> 0", unit=unit)
     if not any(isinstance(v, Tensor) for v in (low, high)) and not low <= high:
         raise ValueError(f"low must be <= high, got {low} and {high}")
-    return unit
+    return eta
 
 def _check_walk(x, base, target, K):  # reads the device once, before the first step
     check_numbers("whole >= 2", K=K)
     wrong = (base == target) | (base < 0) | (base >= K) | (target < 0) | (target >= K)
     if not bool(wrong.any() | ~x.isfinite().all()): return
-    check_labels(base, K, "base"), check_labels(target, K, "target")
+    for name, classes in {"base": base, "target": target}.items(): check_labels(classes, K, name)
     if not bool(wrong.any()): raise ValueError("x must hold finite floats, got NaN or inf")
     raise ValueError(f"target must differ from base, row {int(wrong.nonzero()[0])} does not")
 
@@ -131,7 +128,8 @@ def select_base(
     how: str = "gap",         # where student and teacher differ most; "random": any that both have right
 ) -> Tensor:                  # (M,) int64 rows, M <= limit; may be empty
     "Images to start from: both networks are right on them (Heo et al. 2019)."
-    check_choice(_BASES, how=how), check_numbers("whole >= 1", limit=limit)
+    check_choice(_BASES, how=how)
+    check_numbers("whole >= 1", limit=limit)
     check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
     check_alike("must hold one label a row", 1, y=y, rows=student_logits[:, 0])
     rows = ((student_logits.argmax(1) == y) & (teacher_logits.argmax(1) == y)).nonzero()[:, 0]
@@ -149,10 +147,12 @@ def sample_target(
     generator: torch.Generator | None = None,  # on the device of the logits; None: the global one
 ) -> Tensor:                  # (B,) int64, never the base
     "A class to walk to, drawn with probability q_k / (1 - q_base), q the teacher's (Heo 2019)."
-    check_choice(_TARGETS, how=how), check_logits(teacher_logits=teacher_logits)
+    check_choice(_TARGETS, how=how)
+    check_logits(teacher_logits=teacher_logits)
     check_alike("must hold one class a row", 1, base=base, rows=teacher_logits[:, 0])
     K = teacher_logits.shape[1]
-    check_numbers("whole >= 2", K=K), check_labels(base, K, "base")
+    check_numbers("whole >= 2", K=K)
+    check_labels(base, K, "base")
     others = full(teacher_logits.detach()).scatter(1, base[:, None], -math.inf)
     if how == "likeliest" or not len(base): return others.argmax(1)
     if how == "uniform": others = others.where(others.isinf(), 0)
@@ -166,7 +166,8 @@ def bss_loss(
     form: str = "ce",           # cross-entropy with the teacher's answer (paper); "kl": less its entropy
 ) -> Tensor:                    # scalar, nats, mean over the batch; 0 if it is empty
     "Cross-entropy of softened answers, on clean images and on samples alike (Heo et al. 2019)."
-    check_numbers("> 0", temperature=temperature), check_choice(("ce", "kl"), form=form)
+    check_numbers("> 0", temperature=temperature)
+    check_choice(("ce", "kl"), form=form)
     check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
     student_logits, teacher_logits = full(student_logits), full(teacher_logits)
     if not len(student_logits): return student_logits.sum() * 0
@@ -181,11 +182,44 @@ def bss_weights(
     epochs: int,    # of the whole training
 ) -> tuple:         # (alpha, beta): weights of the clean and of the boundary term
     "Both terms fade: alpha from 4 to 1 over the training, beta from 2 to 0 over three quarters of it."
-    check_numbers("whole >= 1", epochs=epochs), check_numbers(f"whole in [1, {epochs}]", epoch=epoch)
+    check_numbers("whole >= 1", epochs=epochs)
+    check_numbers(f"whole in [1, {epochs}]", epoch=epoch)
     return 3 * (1 - epoch / epochs) + 1, 2 * max(1 - 4 / 3 * epoch / epochs, 0.0)
 
 # %% ../nbs/20_bss.ipynb #d909fc22
-class BSS:
+class _Imitation:
+    "One step of `BSS`, and where its samples come from."
+
+    def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        "One update on x (B, C, H, W) in [0, 1], y (B,): hard + alpha soft + beta boundary."
+        loss_of = partial(bss_loss, temperature=self.temperature, form=self.form)
+        with torch.no_grad(): teacher_logits = full(logits_of(self.teacher(x), len(x)))
+        logits = full(logits_of(self.student(x), len(x)))
+        hard, soft = F.cross_entropy(logits, y), loss_of(logits, teacher_logits)
+        near, answers, landed = self._samples(x, y, logits, teacher_logits)
+        boundary = loss_of(self.student(near), answers) if len(near) > 1 else 0 * hard
+        alpha, beta = self.weights
+        loss = hard + alpha * soft + beta * boundary
+        update(self.optimizer, loss, self.clip)
+        found = {"loss": loss, "hard": hard, "soft": soft, "boundary": boundary, "landed": landed}
+        return {name: value.detach() for name, value in found.items()}
+
+    def _samples(self, x, y, logits, teacher_logits):  # images, the teacher's answers, share that landed
+        size = self.attack_size if self.attack and self.weights[1] else 0
+        share = own_share(0, size)       # of this process
+        rows = select_base(logits, teacher_logits, y, share.stop - share.start, self.base) if size else y[:0]
+        if not len(rows): return x[:0], teacher_logits[:0], logits.new_zeros(())
+        target = sample_target(teacher_logits[rows], y[rows], self.target)
+        samples = self.attack(self.teacher, x[rows], y[rows], target)
+        kept = samples.success if self.variant == "paper" else slice(None)
+        return samples.x[kept], samples.logits[kept], samples.success.float().mean()
+
+def _official(attack, model, *walk):  # pixels cut where the official code cuts, not where colours end
+    mean, std = Normalize.of(model)
+    return attack(model, *walk, low=mean - 2.5 * std, high=mean + 2.5 * std)
+
+# %% ../nbs/20_bss.ipynb #88ebfd27
+class BSS(_Imitation):
     "Train `student` on labels and a teacher's answers, to images and at its boundary (Heo et al. 2019)."
 
     def __init__(
@@ -203,14 +237,17 @@ class BSS:
         weight_decay: float = 1e-4,
         **recipe,                        # lr, momentum, optimizer, schedule, clip: see `learning`
     ):
-        check_choice(("paper", "official"), variant=variant), check_choice(("ce", "kl"), form=form)
-        check_choice(_BASES, base=base), check_choice(_TARGETS, target=target)
-        check_numbers("whole >= 1", attack_size=attack_size), check_numbers("> 0", temperature=temperature)
+        check_choice(("paper", "official"), variant=variant)
+        check_choice(_BASES, base=base)
+        check_choice(_TARGETS, target=target)
+        check_numbers("whole >= 1", attack_size=attack_size)
+        bss_loss(*torch.zeros(2, 0, 2), temperature, form)      # checks both
         self.variant, self.attack_size, self.base, self.target = variant, attack_size, base, target
         self.epochs, self.temperature, self.form = epochs, temperature, form
-        self.student, teacher = train_mode(student), freeze(teacher, student)
-        self.teacher = fold_batchnorm(teacher) if fold else teacher
         self.attack, self.attack_name, self.weights = attack, attack_name(attack), bss_weights(1, epochs)
+        self.teacher = freeze(teacher, student)
+        self.student = train_mode(student)
+        if fold: self.teacher = fold_batchnorm(teacher)
         if (variant, self.attack_name) == ("official", "bss_attack"): self.attack = partial(_official, attack)
         self.optimizer, self.schedule, self.clip = learning(student, weight_decay=weight_decay, **recipe)
         self.rate = self.optimizer.param_groups[0]["lr"]
@@ -220,40 +257,6 @@ class BSS:
         self.weights = bss_weights(epoch + 1, max(self.epochs, epoch + 1))
         before, self.rate = self.rate, self.optimizer.param_groups[0]["lr"]
         if self.variant == "official" and self.rate < before: self.optimizer.state.clear()
-
-    def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        "One update on x (B, C, H, W) in [0, 1], y (B,): hard + alpha soft + beta boundary."
-        return _bss_step(self, x, y)
-
-# %% ../nbs/20_bss.ipynb #88ebfd27
-def _bss_step(method, x, y):
-    loss_of = partial(bss_loss, temperature=method.temperature, form=method.form)
-    with torch.no_grad(): teacher_logits = full(logits_of(method.teacher(x), len(x)))
-    logits = full(logits_of(method.student(x), len(x)))
-    hard, soft = F.cross_entropy(logits, y), loss_of(logits, teacher_logits)
-    samples, boundary, landed = _samples(method, x, y, logits, teacher_logits), 0 * hard, 0 * hard
-    if samples is not None:
-        kept = samples.success if method.variant == "paper" else slice(None)
-        landed = samples.success.float().mean()
-        if len(samples.x[kept]) > 1: boundary = loss_of(method.student(samples.x[kept]), samples.logits[kept])
-    loss = hard + method.weights[0] * soft + method.weights[1] * boundary
-    update(method.optimizer, loss, method.clip)
-    found = {"loss": loss, "hard": hard, "soft": soft, "boundary": boundary, "landed": landed}
-    return {name: value.detach() for name, value in found.items()}
-
-# %% ../nbs/20_bss.ipynb #ffbf65f7
-def _samples(method, x, y, logits, teacher_logits):
-    if not method.attack or not method.weights[1]: return None
-    share = own_share(0, method.attack_size)       # of this process
-    rows = select_base(logits, teacher_logits, y, share.stop - share.start, method.base)
-    if not len(rows): return None
-    target = sample_target(teacher_logits[rows], y[rows], method.target)
-    return method.attack(method.teacher, x[rows], y[rows], target)
-
-# %% ../nbs/20_bss.ipynb #e919fbab
-def _official(attack, model, *walk):  # pixels cut where the official code cuts, not where colours end
-    mean, std = Normalize.of(model)
-    return attack(model, *walk, low=mean - 2.5 * std, high=mean + 2.5 * std)
 
 # %% ../nbs/20_bss.ipynb #09960090
 def mag_sim(
@@ -266,7 +269,6 @@ def mag_sim(
     large = torch.maximum(a, b)
     return torch.where(large == 0, 1, torch.minimum(a, b) / large.clamp_min(torch.finfo(a.dtype).tiny))
 
-# %% ../nbs/20_bss.ipynb #8010c3df
 def ang_sim(
     shift: Tensor,         # (N, ...): see `mag_sim`
     other_shift: Tensor,   # (N, ...)
@@ -292,14 +294,12 @@ def find_boundary(
     **walk,                    # of `bss_attack`; rule is "boundary" unless given
 ) -> Boundary:
     "Walk every image to its boundary with every other class."
-    check_numbers("whole >= 1", batch_size=batch_size)
-    if not len(x): raise ValueError("there are no images to start from")
+    check_numbers("whole >= 1", batch_size=batch_size, number_of_images=len(x))
     check_alike("must be (N,), N images", 1, base=base, images=x.new_empty(len(x)))
     x = _as_fine(model, x)
     with frozen(model), torch.no_grad(): K = logits_of(model(x[:1]), 1).shape[1]
     rows, targets = (base[:, None] != torch.arange(K, device=x.device)).nonzero().T
-    shifts = x.new_zeros(len(x), K, *x.shape[1:])
-    found = Boundary(shifts, torch.zeros(len(x), K, dtype=torch.bool, device=x.device))
+    found = Boundary(x.new_zeros(len(x), K, *x.shape[1:]), x.new_zeros(len(x), K, dtype=torch.bool))
     for n, k in zip(rows.split(batch_size), targets.split(batch_size), strict=True):
         samples = bss_attack(model, x[n], base[n], k, **{"rule": "boundary"} | walk)
         found.shift[n, k], found.success[n, k] = samples.x - x[n], samples.success
@@ -314,7 +314,6 @@ def boundary_similarity(
     check_alike("must be of the same (N, K)", first=first.success, second=second.success)
     both = first.success & second.success
     if not bool(both.any()): raise ValueError("no image has a way to the same boundary in both networks")
-    ours, theirs = first.shift[both], second.shift[both]
+    pair = first.shift[both], second.shift[both]
     ways = both.sum().item() / (both.shape[0] * (both.shape[1] - 1))
-    return {"mag_sim": mag_sim(ours, theirs).mean().item(), "ang_sim": ang_sim(ours, theirs).mean().item(),
-            "ways": ways}
+    return {"mag_sim": mag_sim(*pair).mean().item(), "ang_sim": ang_sim(*pair).mean().item(), "ways": ways}

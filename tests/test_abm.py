@@ -37,10 +37,10 @@ def pair(student="resnet8", teacher="resnet8"):
     return nets
 
 
-def method(student="resnet8", teacher="resnet8", **choices):
+def method(student="resnet8", teacher="resnet8", z_size=5, **choices):
     student, teacher = pair(student, teacher)
     usual = dict(steps=10, batch_size=8, student_steps=3)
-    return ABM(student, teacher, Generator(5, 1, 8, seed=3), **usual | choices)
+    return ABM(student, teacher, Generator(z_size, 1, 8, seed=3), **usual | choices)
 
 
 def moved(before, module):
@@ -411,7 +411,7 @@ def test_the_same_method_resumes_its_own_checkpoint(tmp_path):
 
 
 CHANGES = [dict(beta=1.0), dict(fresh=True), dict(variant="official"), dict(lr=1e-3), dict(steps=20)]
-CHANGES += [dict(layers=["stage1"]), dict(fold=False)]
+CHANGES += [dict(layers=["stage1"]), dict(fold=False), dict(z_size=6)]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -756,7 +756,7 @@ def test_curves_refuse_what_cannot_be_compared():
         transition_curves(model, model, x, torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 3\)"):
         transition_curves(model, model, x, torch.full((40,), 3))
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(ValueError, match="number_of_images must be a whole number >= 1, got 0"):
         transition_curves(model, model, x[:0])
     with pytest.raises(ValueError, match="NaN"):
         transition_curves(model, model, x * math.nan)

@@ -693,7 +693,7 @@ Z = torch.zeros(2, 3)
         (lambda: BSS(linear(), NET, epochs=4, temperature=-1.0), "temperature must be > 0, got -1.0"),
         (lambda: mag_sim(shifts(), shifts(3)), r"must have the same shape \(N, ...\)"),
         (lambda: select_base(Z, Z, B[:1]), r"must hold one label a row, got shape \(1,\) and shape \(2,\)"),
-        (lambda: find_boundary(NET, X[:0], B[:0]), "there are no images to start from"),
+        (lambda: find_boundary(NET, X[:0], B[:0]), "number_of_images must be a whole number >= 1, got 0"),
         (
             lambda: boundary_similarity(Boundary(Z, Z > 0), Boundary(Z, Z > 0)),
             "no image has a way to the same boundary in both networks",
