@@ -241,13 +241,16 @@ def create_model(
         sizes[key] = int(sizes[key])
     if seed is not None: check_numbers("whole", seed=seed)
     seed = seed if seed is None else int(seed)
-    with torch.device("meta"):  # no memory, no random numbers
-        if (count := num_params(trial := _build(name, mean, std, **sizes))) > 10**9:
-            raise ValueError(f"{name} with these sizes has {count:,} parameters; at most 1e9 are built")
-    if ":" in name: _try_images(trial, **sizes)
+    build = partial(_build, name, mean, std, **sizes)
+    try:
+        with torch.device("meta"): trial = build()  # no memory, no random numbers
+    except NotImplementedError: trial = None  # some of torchvision need numbers
+    if trial is not None and (count := num_params(trial)) > 10**9:
+        raise ValueError(f"{name} with these sizes has {count:,} parameters; at most 1e9 are built")
     with seeded(seed):
-        model = _build(name, mean, std, **sizes)
+        model = build()
         if ":" not in name: _he_init(model)
+    if ":" in name: _try_images(model if trial is None else trial, **sizes)
     if name.startswith("wrn"):
         nn.init.zeros_(model.linear.bias)
     mean, std = (v if v is None else [float(u) for u in v] for v in (mean, std))
@@ -350,6 +353,7 @@ def _foreign(name, mean, std, num_classes, in_channels, image_size):
     source, name = name.split(":", 1)
     make = partial(_timm if source == "timm" else _torchvision, name, num_classes, in_channels)
     try: net, bound = make(image_size)
+    except NotImplementedError: raise
     except (TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
         raise ValueError(f"{source}'s {name} cannot have these sizes: {_reason(error)}") from None
     net.normalize = Normalize(mean, std, in_channels, image_size if bound else None)
@@ -384,11 +388,13 @@ def _torchvision(name, num_classes, in_channels, image_size):
     return net, bool(bound)
 
 
+@torch.no_grad()
 def _try_images(model, num_classes, in_channels, image_size):  # on the meta device: shapes alone
-    x = torch.empty(1, in_channels, image_size, image_size, device="meta")
+    x = torch.zeros(1, in_channels, image_size, image_size, device=model.normalize.mean.device)
     try: logits_of(model.eval()(x), 1)
     except Exception as error:
         raise ValueError(f"this network cannot read images {tuple(x.shape[1:])}: {_reason(error)}") from None
+    model.train()
 
 # %% ../nbs/01_models.ipynb #b7e712df
 def _files(path):
