@@ -335,7 +335,8 @@ def _plain(layer, kind):  # of this very class, and nobody listens to it
 
 # %% ../nbs/01_models.ipynb #ba28c181
 def _need(package, extra):  # what only some users have
-    try: return import_module(package)
+    try:
+        with warnings.catch_warnings(action="ignore"): return import_module(package)
     except ImportError: raise ImportError(f"{package} is missing: pip install 'kdnb[{extra}]'") from None
 
 
@@ -425,6 +426,22 @@ def _misfit(state, wanted, optional=()):
         if new.is_floating_point() != own.is_floating_point():
             return f"{shown(key)} has {new.dtype}, the model {own.dtype}"
     return next((f"{shown(key)} is unexpected" for key in state if key not in wanted), None)
+
+
+def _fill(model, states, path, optional=()):  # model.load_state_dict, for the one state that fits
+    inner = getattr(model, "_orig_mod", model)
+    wanted = {k: v for k, v in inner.state_dict().items() if isinstance(v, Tensor)}
+    tried = [(key, state, _misfit(state, wanted, optional)) for key, state in states]
+    if not tried: raise ValueError(f"{path} holds no dict of tensors there")
+    fits = [(key, state, None) for key, state, problem in tried if problem is None]
+    if len(fits) > 1:
+        raise ValueError(f"{path} holds several that fit: say key={' or '.join(repr(k) for k, *_ in fits)}")
+    nearest = max(tried, key=lambda t: len(t[1].keys() & wanted.keys()))
+    _, state, problem = fits[0] if fits else nearest
+    if problem: raise ValueError(f"{path} does not fit this {type(inner).__name__}: {problem}")
+    _check_weights(state)
+    inner.load_state_dict(state, strict=False)
+    return model
 
 
 def _check_weights(state):
@@ -517,22 +534,6 @@ def load_weights(
     return _fill(model, [(k, v) for k, v in _dicts(found) if key in (None, k)], path, optional)
 
 
-def _fill(model, states, path, optional=()):  # model.load_state_dict, for the one state that fits
-    inner = getattr(model, "_orig_mod", model)
-    wanted = {k: v for k, v in inner.state_dict().items() if isinstance(v, Tensor)}
-    tried = [(key, state, _misfit(state, wanted, optional)) for key, state in states]
-    if not tried: raise ValueError(f"{path} holds no dict of tensors there")
-    fits = [(key, state, None) for key, state, problem in tried if problem is None]
-    if len(fits) > 1:
-        raise ValueError(f"{path} holds several that fit: say key={' or '.join(repr(k) for k, *_ in fits)}")
-    nearest = max(tried, key=lambda t: len(t[1].keys() & wanted.keys()))
-    _, state, problem = fits[0] if fits else nearest
-    if problem: raise ValueError(f"{path} does not fit this {type(inner).__name__}: {problem}")
-    _check_weights(state)
-    inner.load_state_dict(state, strict=False)
-    return model
-
-
 def _dicts(found, name="", depth=3):
     "Each dict of tensors in nested dicts, then without the first part that all its keys share."
     if not isinstance(found, dict) or not found: return
@@ -575,9 +576,8 @@ def export_onnx(
 
 
 def _onnx(net, images):  # the file's bytes; the exporter's chatter is not passed on
-    quiet = redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), warnings.catch_warnings()
-    with quiet[0], quiet[1], quiet[2]:
-        warnings.simplefilter("ignore")
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings(action="ignore"):
         try:
             made = torch.onnx.export(net, (images,), dynamo=True, verbose=False, input_names=["images"],
                                      output_names=["logits"], dynamic_shapes=({0: "batch"},))
