@@ -354,8 +354,8 @@ def _foreign(name, mean, std, num_classes, in_channels, image_size):
     source, name = name.split(":", 1)
     make = partial(_timm if source == "timm" else _torchvision, name, num_classes, in_channels)
     try: net, bound = make(image_size)
-    except NotImplementedError: raise
-    except (TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
+    except (NotImplementedError, ImportError): raise
+    except Exception as error:
         raise ValueError(f"{source}'s {name} cannot have these sizes: {_reason(error)}") from None
     net.normalize = Normalize(mean, std, in_channels, image_size if bound else None)
     net.register_forward_pre_hook(_normalize_first)
@@ -416,6 +416,18 @@ def _rebuild(config, state):
     return model
 
 
+def _check_weights(state):
+    "One kind of float, finite, no negative variance: what a network can compute with."
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    kinds = {t.dtype for t in state.values() if t.dtype not in (torch.int64, torch.bool)}  # counts, masks
+    if len(kinds) != 1: raise ValueError(f"weights must be of one dtype, got {shown([*map(str, kinds)])}")
+    check_choice(floats, **{"the dtype of weights": kinds.pop()})
+    for key, t in state.items():
+        low = {"running_var": 0.0, "std": 1e-30}.get(key.rsplit(".", 1)[-1], -float("inf"))
+        if not bool(t.isfinite().all()) or bool((t < low).any()):
+            raise ValueError(f"{shown(key)} holds NaN, infinite values, or a variance or std that cannot be")
+
+# %% ../nbs/01_models.ipynb #c1e472bc
 def _misfit(state, wanted, optional=()):
     "The first key that does not fit and why, or None."
     for key, own in wanted.items():
@@ -442,18 +454,6 @@ def _fill(model, states, path, optional=()):  # model.load_state_dict, for the o
     _check_weights(state)
     inner.load_state_dict(state, strict=False)
     return model
-
-
-def _check_weights(state):
-    "One kind of float, finite, no negative variance: what a network can compute with."
-    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    kinds = {t.dtype for t in state.values() if t.dtype not in (torch.int64, torch.bool)}  # counts, masks
-    if len(kinds) != 1: raise ValueError(f"weights must be of one dtype, got {shown([*map(str, kinds)])}")
-    check_choice(floats, **{"the dtype of weights": kinds.pop()})
-    for key, t in state.items():
-        low = {"running_var": 0.0, "std": 1e-30}.get(key.rsplit(".", 1)[-1], -float("inf"))
-        if not bool(t.isfinite().all()) or bool((t < low).any()):
-            raise ValueError(f"{shown(key)} holds NaN, infinite values, or a variance or std that cannot be")
 
 # %% ../nbs/01_models.ipynb #3b91a5c7
 def save_model(
