@@ -257,7 +257,7 @@ def create_model(
     model.config = dict(name=name, **sizes, mean=mean, std=std, seed=seed)
     return model
 
-
+# %% ../nbs/01_models.ipynb #47a6e95a
 def _build(name, mean, std, num_classes, in_channels, image_size):
     if ":" in name: return _foreign(name, mean, std, num_classes, in_channels, image_size)
     family = name.split("_")[0]

@@ -729,7 +729,9 @@ def test_any_module_is_saved_and_filled(tmp_path):
     with pytest.raises(ValueError, match="'Tied', which create_model does not know.*into=model"):
         load_model(tmp_path / "a")
     twin = load_model(tmp_path / "a", into=Tied())
-    assert torch.equal(twin(x), model(x)) and twin.last.weight is twin.first.weight and not twin.training
+    assert all(map(torch.equal, twin.state_dict().values(), model.state_dict().values()))
+    torch.testing.assert_close(twin(x), model(x))  # other kernels run for channels-last
+    assert twin.last.weight is twin.first.weight and not twin.training
     assert twin.card == card
     other = nn.Linear(6, 6)
     with pytest.raises(ValueError, match="does not fit this Linear: 'weight' is missing") as error:
