@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['Normalize', 'PadShortcut', 'Residual', 'num_params', 'Net', 'list_models', 'check_model', 'seeded', 'create_model',
-           'features', 'fold_batchnorm', 'save_model', 'load_model']
+           'features', 'fold_batchnorm', 'save_model', 'load_model', 'load_weights', 'export_onnx']
 
 # %% ../nbs/01_models.ipynb #97a295a1
 import copy
+import io
 import json
 import re
-from contextlib import contextmanager
+import warnings
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from hashlib import sha256
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .checks import check_choice, check_numbers, shown, unknown, write_whole
+from .checks import check_choice, check_numbers, describe, logits_of, shown, unknown, write_whole
 
 # %% ../nbs/01_models.ipynb #543aaca9
 class Normalize(nn.Module):
@@ -193,6 +196,10 @@ def list_models() -> list[str]:
 
 def check_model(name: str) -> None:
     "Raise ValueError, with the nearest known names, if `create_model` does not know this name."
+    if isinstance(name, str) and name.startswith(("timm:", "torchvision:")):
+        if name not in (known := _shelf(name.split(":")[0])):
+            raise unknown("model", name, known)
+        return
     fits = isinstance(name, str) and len(name) <= 100
     wide = fits and re.fullmatch(r"wrn_([1-9]\d*)_[1-9]\d{0,2}(_trades)?", name)
     if wide and not (10 <= int(wide[1]) <= 1000 and int(wide[1]) % 6 == 4):
@@ -218,15 +225,15 @@ def seeded(seed: int | None):  # None: nothing changes, draws come from torch's 
 
 # %% ../nbs/01_models.ipynb #a78e4a81
 def create_model(
-    name: str,                # see `list_models`
+    name: str,                # see `list_models`; or timm:NAME, torchvision:NAME
     num_classes: int = 10,    # K >= 2
     in_channels: int = 3,     # C of the images
-    image_size: int = 32,     # H = W; an mlp reads this size only, the others take any
+    image_size: int = 32,     # H = W; an mlp or a ViT reads this size only, most others take any
     mean=None,                # of the training images, C numbers; None: 0
     std=None,                 # of the training images, C numbers > 0; None: 1
     seed: int | None = None,  # initialisation of its own; None draws from torch's global generator
 ) -> nn.Module:               # (B, C, H, W) float in [0, 1] -> (B, K) logits; in training mode
-    "A network of the zoo with fresh weights: convolutions He-normal (fan out), the rest as PyTorch begins."
+    "A network with fresh weights; in the zoo convolutions He-normal (fan out), the rest as PyTorch begins."
     check_model(name)
     sizes = dict(num_classes=num_classes, in_channels=in_channels, image_size=image_size)
     for rule, key in zip(("in [2, 1000000]", "in [1, 10000]", "in [1, 10000]"), sizes, strict=True):
@@ -234,20 +241,25 @@ def create_model(
         sizes[key] = int(sizes[key])
     if seed is not None: check_numbers("whole", seed=seed)
     seed = seed if seed is None else int(seed)
-    with torch.device("meta"):  # no memory, no random numbers
-        if (count := num_params(_build(name, mean, std, **sizes))) > 10**9:
-            raise ValueError(f"{name} with these sizes has {count:,} parameters; at most 1e9 are built")
+    build = partial(_build, name, mean, std, **sizes)
+    try:
+        with torch.device("meta"): trial = build()  # no memory, no random numbers
+    except NotImplementedError: trial = None  # some of torchvision need numbers
+    if trial is not None and (count := num_params(trial)) > 10**9:
+        raise ValueError(f"{name} with these sizes has {count:,} parameters; at most 1e9 are built")
     with seeded(seed):
-        model = _build(name, mean, std, **sizes)
-        _he_init(model)
+        model = build()
+        if ":" not in name: _he_init(model)
+    if ":" in name: _try_images(model if trial is None else trial, **sizes)
     if name.startswith("wrn"):
         nn.init.zeros_(model.linear.bias)
     mean, std = (v if v is None else [float(u) for u in v] for v in (mean, std))
     model.config = dict(name=name, **sizes, mean=mean, std=std, seed=seed)
     return model
 
-
+# %% ../nbs/01_models.ipynb #47a6e95a
 def _build(name, mean, std, num_classes, in_channels, image_size):
+    if ":" in name: return _foreign(name, mean, std, num_classes, in_channels, image_size)
     family = name.split("_")[0]
     normalize = Normalize(mean, std, in_channels, image_size if family == "mlp" else None)
     parts_of = {"mlp": _mlp, "wrn": _wrn, "mobilenet": _mobilenet_v2}.get(family, _resnet)
@@ -260,6 +272,8 @@ def _build(name, mean, std, num_classes, in_channels, image_size):
 # %% ../nbs/01_models.ipynb #7bc73402
 def _hooked(model, x, names, maps):
     def keep(name, module, inputs, output):
+        if not names and isinstance(output, Tensor) and output.ndim == 3 and len(maps) == 1:
+            maps.clear()  # tokens: what came before was cut into patches
         if isinstance(output, Tensor) and (names or (output.ndim == 4 and output.shape[2:].numel() > 1)):
             for old in [name] if names else [k for k, m in maps.items() if m.shape[2:] == output.shape[2:]]:
                 maps.pop(old, None)  # a later map of this size replaces it
@@ -292,7 +306,8 @@ def features(
     if lost := set(names or ()) - maps.keys():
         raise ValueError(f"layer {min(lost)!r} gave no tensor in this call")
     if not maps:
-        raise ValueError("no layer gave a 4-D map of more than one pixel: name the layers")
+        raise ValueError("no layer gives 4-D maps of more than one pixel; name the layers (a ViT's layers="
+                         "['blocks.5'], say, gives tokens (B, N, D)); see model.named_modules()")
     return output, {name: maps[name] for name in names or maps}
 
 # %% ../nbs/01_models.ipynb #845b7d3b
@@ -318,6 +333,70 @@ def _plain(layer, kind):  # of this very class, and nobody listens to it
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
     return type(layer) is kind and not any(getattr(layer, name) for name in hooks)
 
+# %% ../nbs/01_models.ipynb #ba28c181
+def _need(package, extra):  # what only some users have
+    try:
+        with warnings.catch_warnings(action="ignore"): return import_module(package)
+    except ImportError: raise ImportError(f"{package} is missing: pip install 'kdnb[{extra}]'") from None
+
+
+def _shelf(source):  # what a library can build for classification
+    if source == "timm":
+        timm = _need("timm", "timm")
+        names = timm.list_models() + timm.list_models(pretrained=True)  # the latter are NAME.TAG
+    else:
+        from torchvision import models
+        names = models.list_models(module=models)
+    return [f"{source}:{name}" for name in names]
+
+
+def _foreign(name, mean, std, num_classes, in_channels, image_size):
+    source, name = name.split(":", 1)
+    make = partial(_timm if source == "timm" else _torchvision, name, num_classes, in_channels)
+    try: net, bound = make(image_size)
+    except (NotImplementedError, ImportError): raise
+    except Exception as error:
+        raise ValueError(f"{source}'s {name} cannot have these sizes: {_reason(error)}") from None
+    net.normalize = Normalize(mean, std, in_channels, image_size if bound else None)
+    net.register_forward_pre_hook(_normalize_first)
+    return net
+
+
+def _normalize_first(model, images):
+    return model.normalize(images[0]), *images[1:]
+
+
+def _reason(error):
+    return shown(" ".join(str(error).split()) or type(error).__name__, 160)
+
+# %% ../nbs/01_models.ipynb #5c24a103
+def _timm(name, num_classes, in_channels, image_size):  # network, whether it takes this size only
+    make = partial(_need("timm", "timm").create_model, name, num_classes=num_classes, in_chans=in_channels)
+    try: return make(img_size=image_size), True
+    except TypeError: return make(), False  # it asks for no size
+
+
+def _torchvision(name, num_classes, in_channels, image_size):
+    from torchvision.models import get_model
+    special = {"vit": dict(image_size=image_size), "maxvit": dict(input_size=(image_size, image_size))}
+    bound = special.get(name.split("_")[0], {})
+    aux = dict(aux_logits=False, init_weights=True) if name in ("inception_v3", "googlenet") else {}
+    net = get_model(name, weights=None, num_classes=num_classes, **bound, **aux)
+    if in_channels != 3:  # another first convolution, as PyTorch begins it
+        first, old = next((n, m) for n, m in net.named_modules() if isinstance(m, nn.Conv2d))
+        shape = old.out_channels, old.kernel_size, old.stride, old.padding
+        net.set_submodule(first, nn.Conv2d(in_channels, *shape, bias=old.bias is not None))
+    return net, bool(bound)
+
+
+@torch.no_grad()
+def _try_images(model, num_classes, in_channels, image_size):  # on the meta device: shapes alone
+    x = torch.zeros(1, in_channels, image_size, image_size, device=model.normalize.mean.device)
+    try: logits_of(model.eval()(x), 1)
+    except Exception as error:
+        raise ValueError(f"this network cannot read images {tuple(x.shape[1:])}: {_reason(error)}") from None
+    model.train()
+
 # %% ../nbs/01_models.ipynb #b7e712df
 def _files(path):
     base = re.sub(r"\.(safetensors|json)$", "", str(path))
@@ -326,19 +405,21 @@ def _files(path):
 
 def _rebuild(config, state):
     _check_weights(state)
-    try:
-        with torch.device("meta"): model = create_model(**config)
-        model.load_state_dict(state, assign=True)
-    except (TypeError, RuntimeError) as error:
-        first = [*str(error).splitlines(), "nothing"][1 if "\n" in str(error) else 0].strip()[:200]
-        raise ValueError(f"these weights are not of {shown(config.get('name'))}: {first}") from None
+    zoo = not str(config.get("name")).startswith(("timm:", "torchvision:"))
+    try:  # others hold what is not in their files, so they are built in full
+        with torch.device("meta" if zoo else "cpu"), seeded(0): model = create_model(**config)
+    except TypeError as error: problem = _reason(error)
+    else: problem = _misfit(state, model.state_dict())
+    if problem: raise ValueError(f"these weights are not of {shown(config.get('name'))}: {problem}")
+    model.to(next(t.dtype for t in state.values() if t.is_floating_point()))
+    model.load_state_dict(state, assign=zoo)
     return model
 
 
 def _check_weights(state):
     "One kind of float, finite, no negative variance: what a network can compute with."
     floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    kinds = {t.dtype for key, t in state.items() if not key.endswith("num_batches_tracked")}
+    kinds = {t.dtype for t in state.values() if t.dtype not in (torch.int64, torch.bool)}  # counts, masks
     if len(kinds) != 1: raise ValueError(f"weights must be of one dtype, got {shown([*map(str, kinds)])}")
     check_choice(floats, **{"the dtype of weights": kinds.pop()})
     for key, t in state.items():
@@ -346,20 +427,54 @@ def _check_weights(state):
         if not bool(t.isfinite().all()) or bool((t < low).any()):
             raise ValueError(f"{shown(key)} holds NaN, infinite values, or a variance or std that cannot be")
 
+# %% ../nbs/01_models.ipynb #c1e472bc
+def _misfit(state, wanted, optional=()):
+    "The first key that does not fit and why, or None."
+    for key, own in wanted.items():
+        if key not in state and key in optional: continue
+        if key not in state: return f"{shown(key)} is missing"
+        new = state[key]
+        if new.shape != own.shape: return f"{shown(key)} has {describe(new)}, the model {describe(own)}"
+        if new.is_floating_point() != own.is_floating_point():
+            return f"{shown(key)} has {new.dtype}, the model {own.dtype}"
+    return next((f"{shown(key)} is unexpected" for key in state if key not in wanted), None)
+
+
+def _fill(model, states, path, optional=()):  # model.load_state_dict, for the one state that fits
+    inner = getattr(model, "_orig_mod", model)
+    wanted = {k: v for k, v in inner.state_dict().items() if isinstance(v, Tensor)}
+    tried = [(key, state, _misfit(state, wanted, optional)) for key, state in states]
+    if not tried: raise ValueError(f"{path} holds no dict of tensors there")
+    fits = [(key, state, None) for key, state, problem in tried if problem is None]
+    if len(fits) > 1:
+        raise ValueError(f"{path} holds several that fit: say key={' or '.join(repr(k) for k, *_ in fits)}")
+    nearest = max(tried, key=lambda t: len(t[1].keys() & wanted.keys()))
+    _, state, problem = fits[0] if fits else nearest
+    if problem: raise ValueError(f"{path} does not fit this {type(inner).__name__}: {problem}")
+    _check_weights(state)
+    inner.load_state_dict(state, strict=False)
+    return model
+
 # %% ../nbs/01_models.ipynb #3b91a5c7
 def save_model(
-    model: nn.Module,  # made by `create_model`, on any device, in any memory format
+    model: nn.Module,  # any, on any device, in any memory format
     path,              # PATH.safetensors and PATH.json are written; folders are made
     **card,            # more entries for the card, anything JSON holds: dataset="cifar10", accuracy=0.93
-) -> dict:             # the card
+) -> dict:             # the card; its "model" is None if `create_model` did not make it
     "Write a model's weights and its card, each all at once."
     model = getattr(model, "_orig_mod", model)
-    if not hasattr(model, "config") or card.keys() & {"model", "num_params", "sha256"}:
-        raise ValueError("save_model wants a model of create_model; it fills in model, num_params, sha256")
-    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    _rebuild(model.config, state)  # a network that was changed since could never be loaded
+    if card.keys() & {"model", "class", "num_params", "sha256"}:
+        raise ValueError("save_model fills in model, class, num_params and sha256 itself; leave them out")
+    state = model.state_dict()
+    if odd := [k for k, v in state.items() if not isinstance(v, Tensor)]:
+        raise ValueError(f"only tensors are saved, and {shown(odd[0])} is none")
+    state = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state.items()}
+    if config := _config(model): _rebuild(config, state)  # once changed it could never be loaded
+    else: _check_weights(state)
     data = safetensors.torch.save(state)
-    card = dict(model=model.config, num_params=num_params(model), sha256=sha256(data).hexdigest()) | card
+    about = dict(model=config, num_params=num_params(model), sha256=sha256(data).hexdigest())
+    if not config: about["class"] = type(model).__name__
+    card = about | card
     text = json.dumps(card, indent=1, allow_nan=False).encode()
     weights, words = _files(path)
 
@@ -370,22 +485,101 @@ def save_model(
     write_whole(weights, write)
     return card
 
+
+def _config(model):  # of `create_model`; other libraries have a .config of their own
+    config = getattr(model, "config", None)
+    return config if isinstance(config, dict) and {"name", "image_size", "seed"} <= config.keys() else None
+
 # %% ../nbs/01_models.ipynb #287a326e
-def load_model(path, device: str = "cpu") -> nn.Module:  # in evaluation mode; the card is its .card
+def load_model(
+    path,                            # as `save_model` got it
+    device: str | None = None,       # None: "cpu", or where `into` is
+    into: nn.Module | None = None,   # the network to fill; needed if `create_model` did not make it
+) -> nn.Module:                      # in evaluation mode; the card is its .card
     "Rebuild a model from its card, after checking that the weights are the ones the card describes."
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+    if device and torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r}: this machine has no CUDA device; use 'cpu'")
     weights, words = _files(path)
     data = weights.read_bytes()
     try:
         with open(words, "rb") as file: card = json.loads(file.read(10**6))
-        config, digest = dict(card["model"]), card["sha256"]
+        config, digest = card["model"] and dict(card["model"]), card["sha256"]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{words} is no card of a kdnb model: {shown(str(error))}") from None
     if sha256(data).hexdigest() != digest:
         raise ValueError(f"{weights} does not have its card's checksum: cut short or changed?")
+    if not config and into is None:
+        raise ValueError(f"{words} is of a {shown(card.get('class'))}, which create_model does not know: "
+                         "build it yourself, then load_model(path, into=model)")
     try: state = safetensors.torch.load(data)
     except Exception as error: raise ValueError(f"{weights} holds no weights: {shown(str(error))}") from None
-    model = _rebuild(config, state)
+    model = _rebuild(config, state) if into is None else _fill(into, [("", state)], weights)
     model.card = card
     return model.to(device).eval()
+
+# %% ../nbs/01_models.ipynb #ee255843
+def load_weights(
+    model: nn.Module,         # any; its dtype, device and mode stay
+    path,                     # .safetensors, or what torch.save wrote: a dict of tensors, bare or in dicts
+    key: str | None = None,   # where it is, as "ema" or "ema.model"; needed if several fit
+) -> nn.Module:               # the same model
+    "Fill a model with weights from anywhere; if the file does not fit, a ValueError and no change."
+    try:
+        if str(path).endswith(".safetensors"): found = safetensors.torch.load(Path(path).read_bytes())
+        else: found = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError: raise
+    except Exception as error: raise ValueError(f"{path} holds no weights: {_reason(error)}") from None
+    normal = [n for n, m in model.named_modules() if isinstance(m, Normalize)]
+    optional = {f"{n}.{k}".removeprefix("_orig_mod.") for n in normal for k in ("mean", "std")}
+    return _fill(model, [(k, v) for k, v in _dicts(found) if key in (None, k)], path, optional)
+
+
+def _dicts(found, name="", depth=3):
+    "Each dict of tensors in nested dicts, then without the first part that all its keys share."
+    if not isinstance(found, dict) or not found: return
+    if all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
+        yield name, found
+        found = {k: v for k, v in found.items() if k != "n_averaged"}  # of PyTorch's averaged models
+        if len({k.partition(".")[0] for k in found}) == 1 and all("." in k for k in found):
+            yield from _dicts({k.partition(".")[2]: v for k, v in found.items()}, name)
+    elif depth:
+        for key, value in found.items():
+            yield from _dicts(value, f"{name}.{key}".lstrip("."), depth - 1)
+
+# %% ../nbs/01_models.ipynb #8cb3b808
+def export_onnx(
+    model: nn.Module,                # (B, C, H, W) in [0, 1] -> (B, K) logits; left as it is
+    path,                            # the file, as net.onnx; written in single precision
+    example: Tensor | None = None,   # images (B, C, H, W), whose shape counts; None: as in model.config
+) -> float:                          # how far ONNX's logits are from PyTorch's, in largest logits
+    "Write a network, BatchNorm folded and for batches of any size, as an ONNX file that was checked."
+    _need("onnx", "onnx")
+    _need("onnxscript", "onnx")
+    runtime = _need("onnxruntime", "onnx")
+    config = _config(getattr(model, "_orig_mod", model))
+    if example is None and config: shape = config["in_channels"], config["image_size"], config["image_size"]
+    elif getattr(example, "ndim", 0) == 4: shape = example.shape[1:]
+    else: raise ValueError(f"example must be images (B, C, H, W), got {describe(example)}")
+    net = fold_batchnorm(getattr(model, "_orig_mod", model)).cpu().float()
+    draws = torch.Generator().manual_seed(0)
+    batches = [torch.rand(count, *shape, generator=draws) for count in (2, 5)]
+    answers = [logits_of(net(images), len(images)) for images in batches]
+    data, options = _onnx(net, batches[0]), runtime.SessionOptions()
+    options.log_severity_level = 3
+    session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    gap = max(float((torch.from_numpy(session.run(None, {"images": images.numpy()})[0]) - logits).abs().max()
+                    / logits.abs().max()) for images, logits in zip(batches, answers, strict=True))
+    if not gap <= 1e-5:
+        raise ValueError(f"ONNX's logits are {gap:.1e} of the largest from PyTorch's, at most 1e-5 is fine")
+    write_whole(path, data)
+    return gap
+
+
+def _onnx(net, images):  # the file's bytes; the exporter's chatter is not passed on
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings(action="ignore"):
+        try:
+            made = torch.onnx.export(net, (images,), dynamo=True, verbose=False, input_names=["images"],
+                                     output_names=["logits"], dynamic_shapes=({0: "batch"},))
+            return made.model_proto.SerializeToString()
+        except Exception as error: raise ValueError(f"this cannot be exported: {_reason(error)}") from None

@@ -1,7 +1,10 @@
 """What the lesson on models leaves out: independent oracles, foreign networks, files that lie."""
 
+import copy
 import errno
 import json
+import pickle
+import sys
 import warnings
 from hashlib import sha256
 from pathlib import Path
@@ -20,10 +23,12 @@ from kdnb.models import (
     Normalize,
     check_model,
     create_model,
+    export_onnx,
     features,
     fold_batchnorm,
     list_models,
     load_model,
+    load_weights,
     num_params,
     save_model,
 )
@@ -409,8 +414,9 @@ def test_a_failed_save_overwrites_nothing(saved):
     before = {p.name: p.read_bytes() for p in path.parent.iterdir()}
     wrong = create_model("resnet8", 5)
     wrong.linear = nn.Linear(64, 100)
-    cards = [{"sha256": 1}, {"x": float("nan")}, {"x": torch.zeros(1)}]
-    for bad, card in ((wrong, {}), (nn.Linear(2, 2), {}), *((model, card) for card in cards)):
+    cards = [{"sha256": 1}, {"class": "x"}, {"x": float("nan")}, {"x": torch.zeros(1)}]
+    odd = type("Odd", (nn.Linear,), dict(get_extra_state=lambda self: "words"))(2, 2)  # no tensor
+    for bad, card in ((wrong, {}), (odd, {}), *((model, card) for card in cards)):
         with pytest.raises((ValueError, TypeError)) as error:
             save_model(bad, path, **card)
         assert "\n" not in str(error.value)
@@ -508,3 +514,284 @@ def test_a_full_disk_leaves_the_old_pair(saved, monkeypatch):
         with pytest.raises(OSError, match="could not be written.*No space left"):
             save_model(create_model("resnet8", 5, seed=7), path)
         assert before == {p.name: p.read_bytes() for p in path.parent.iterdir()}
+
+
+# ---------------------------------------------------------------- networks from elsewhere
+
+DOORS = ["timm:resnet18", "torchvision:resnet18", "timm:vit_tiny_patch16_224", "torchvision:regnet_y_400mf"]
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_foreign_networks_are_the_librarys_own(name, tmp_path):
+    "Same logits with the same weights; they draw as the zoo does, and come back from their file."
+    source, short = name.split(":")
+    torch.manual_seed(3)
+    before, mean, std = torch.get_rng_state(), (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)
+    model = create_model(name, 7, image_size=32, mean=mean, std=std, seed=1)
+    assert model.training and torch.equal(torch.get_rng_state(), before)
+    if source == "timm":
+        own = timm.create_model(short, num_classes=7, **dict(img_size=32) if "vit" in short else {})
+    else:
+        own = torchvision.models.get_model(short, weights=None, num_classes=7)
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith("normalize")}
+    own.load_state_dict(state)
+    x, z = torch.rand(2, 3, 32, 32), [torch.tensor(v).view(3, 1, 1) for v in (mean, std)]
+    expected = own.eval()((x - z[0]) / z[1])
+    assert torch.equal(model.eval()(x), expected) and Normalize.of(model)[0] is model.normalize.mean
+    torch.testing.assert_close(fold_batchnorm(model)(x), expected, rtol=1e-3, atol=1e-4)
+    assert num_params(model) == num_params(own)
+    save_model(model, tmp_path / "a")
+    before = torch.get_rng_state()
+    again = load_model(tmp_path / "a")
+    assert torch.equal(again(x), expected) and again.config == model.config
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
+
+
+@pytest.mark.parametrize("name", ["timm:resnet18", "torchvision:googlenet", "torchvision:vit_b_16"])
+def test_foreign_networks_learn_from_grey_images(name):
+    make = lambda seed: create_model(name, 5, 1, 64, seed=seed)  # noqa: E731
+    a, b = make(1), make(2)
+    first, other = (next(m for m in net.modules() if isinstance(m, nn.Conv2d)) for net in (a, b))
+    assert first.in_channels == 1 and not torch.equal(first.weight, other.weight)
+    logits = a(torch.rand(2, 1, 64, 64))  # no auxiliary heads
+    assert logits.shape == (2, 5)
+    logits.logsumexp(1).sum().backward()
+    assert first.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("timm:resnet81", "unknown model 'timm:resnet81'; nearest: timm:resnet"),
+        ("torchvision:resnet19", "nearest: torchvision:resnet"),
+        ("torchvision:maskrcnn_resnet50_fpn", "unknown model"),
+        ("timm:hf-hub:someone/something", "unknown model"),
+        ("timm:resnet18.no_such_tag", "unknown model"),
+        ("timm:", "unknown model"),
+        ("hub:resnet18", "unknown model"),
+        ("torchvision:alexnet", "cannot read images \\(3, 32, 32\\)"),
+        ("torchvision:vit_h_14", "cannot have these sizes"),
+        ("torchvision:maxvit_t", "cannot have these sizes"),
+        ("timm:eva02_enormous_patch14_clip_224", "at most 1e9|cannot"),
+    ],
+)
+def test_what_other_libraries_cannot_build(name, words):
+    with pytest.raises(ValueError, match=words) as error:
+        create_model(name)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("package, extra", [("timm", "timm"), ("onnx", "onnx"), ("onnxruntime", "onnx")])
+def test_a_missing_package_gets_one_line(package, extra, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, package, None)
+    model = create_model("mlp_4", in_channels=1, image_size=4)
+    with pytest.raises(ImportError, match=rf"{package} is missing: pip install 'kdnb\[{extra}\]'"):
+        check_model("timm:resnet18") if extra == "timm" else export_onnx(model, tmp_path / "a.onnx")
+
+
+@pytest.mark.parametrize(
+    "name, layers",
+    [
+        ("timm:resnet18", "act1 layer1 layer2 layer3 layer4"),
+        ("timm:mobilenetv3_small_100", "bn1 blocks.0 blocks.1 blocks.3 blocks"),
+        ("torchvision:resnet50", "relu layer1 layer2 layer3 layer4"),
+        ("torchvision:mobilenet_v2", "features.1 features.3 features.6 features.13 features"),
+        ("torchvision:convnext_tiny", "features.1 features.3 features.5 features"),
+    ],
+)
+def test_natural_stages_of_foreign_networks(name, layers):
+    model = create_model(name, image_size=64, seed=0).eval()
+    with torch.no_grad():
+        maps = features(model, torch.rand(1, 3, 64, 64))[1]
+    assert " ".join(maps) == layers
+    assert [m.shape[-1] for m in maps.values()] == [32, 16, 8, 4, 2][-len(maps) :]
+
+
+def test_a_transformer_has_tokens():
+    names = {"timm:vit_tiny_patch16_224": "blocks.5", "torchvision:vit_b_16": "encoder.layers"}
+    for name, layer in names.items():
+        model, x = create_model(name, image_size=32, seed=0).eval(), torch.rand(2, 3, 32, 32)
+        with pytest.raises(ValueError, match="no layer gives 4-D maps.*tokens"):
+            features(model, x)
+        assert features(model, x, layer)[1][layer].shape[:2] == (2, 5)
+        with pytest.raises(ValueError, match="images must be floats"):
+            model(torch.rand(2, 3, 64, 64))
+
+
+def test_foreign_networks_compile():
+    model, x = create_model("torchvision:resnet18", seed=0).eval(), torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
+
+
+# ---------------------------------------------------------------- weights from elsewhere
+
+
+def wrapped(state):
+    "The same weights as people save them."
+    prefixed = [{f"{p}{k}": v for k, v in state.items()} for p in ("module.", "_orig_mod.", "model.module.")]
+    yield from (state, *prefixed)
+    yield from ({key: state, "epoch": 3, "lr": [0.1]} for key in ("state_dict", "model", "net", "ema"))
+    yield {"model": {"state_dict": prefixed[0]}, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}}
+    yield {"norm": {"mean": torch.zeros(3)}, "model_state_dict": prefixed[1]}
+    averaged = torch.optim.swa_utils.AveragedModel(nn.Identity()).state_dict()
+    yield averaged | prefixed[0]
+
+
+@pytest.mark.parametrize("name", ["resnet8", "torchvision:squeezenet1_1"])
+def test_weights_come_in_many_wrappings(name, tmp_path):
+    give = create_model(name, 5, mean=(0, 0, 0), std=(1, 1, 1), seed=1)
+    full = give.state_dict()
+    bare = {k: v for k, v in full.items() if not k.startswith("normalize")}
+    for i, content in enumerate([full, *wrapped(bare)]):
+        model = create_model(name, 5, mean=(0.1, 0.2, 0.3), std=(2, 2, 2), seed=2)
+        torch.save(content, tmp_path / f"{i}.pt")
+        assert load_weights(model, tmp_path / f"{i}.pt") is model and model.training
+        assert all(torch.equal(v, bare[k]) for k, v in model.state_dict().items() if k in bare)
+        assert model.normalize.std.flatten()[0] == (2 if i else 1)  # the file's if it has one, else its own
+    safetensors.torch.save_file({f"module.{k}": v for k, v in bare.items()}, tmp_path / "a.safetensors")
+    model = torch.compile(create_model(name, 5, seed=2).half(), backend="eager")
+    load_weights(model, tmp_path / "a.safetensors")
+    assert all(torch.equal(p, bare[k].half()) for k, p in model._orig_mod.named_parameters())
+
+
+def test_two_that_fit_need_a_key(tmp_path):
+    a, b, model = (nn.Linear(3, 2) for _ in range(3))
+    torch.save({"model": a.state_dict(), "ema": {"best": b.state_dict()}}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="say key='model' or 'ema.best'"):
+        load_weights(model, tmp_path / "a.pt")
+    assert torch.equal(load_weights(model, tmp_path / "a.pt", "ema.best").weight, b.weight)
+    with pytest.raises(ValueError, match="no dict of tensors"):
+        load_weights(model, tmp_path / "a.pt", "net")
+
+
+class Opens:  # what a pickle could do
+    def __reduce__(self):
+        return print, ("run!",)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda s: s.pop("stem.1.bias"), "does not fit this Net: 'stem.1.bias' is missing"),
+        (lambda s: s.update(more=torch.ones(2)), "'more' is unexpected"),
+        (lambda s: s.update({"linear.bias": torch.ones(7)}), "bias' has shape .7,., the model shape .10,."),
+        (lambda s: s.update({"linear.bias": torch.ones(10, dtype=int)}), "'linear.bias' has torch.int64"),
+        (lambda s: s.update({"linear.bias": torch.ones(10) * torch.nan}), "holds NaN"),
+        (lambda s: s.update({"linear.bias": torch.ones(10).half()}), "one dtype"),
+        (lambda s: s.update({"stem.1.running_var": -torch.ones(16)}), "variance"),
+        (lambda s: (s.clear(), s.update(torchvision.models.resnet18().state_dict())), "is missing"),
+        (lambda s: s.clear(), "no dict of tensors"),
+        (lambda s: s.update(more=Opens()), "holds no weights"),
+    ],
+)
+def test_a_wrong_file_changes_nothing(change, words, tmp_path, capsys):
+    model = create_model("resnet8", seed=0)
+    before, content = copy.deepcopy(model.state_dict()), create_model("resnet8", seed=1).state_dict()
+    change(content)
+    torch.save({"state_dict": dict(content)}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=words) as error:
+        load_weights(model, tmp_path / "a.pt")
+    assert "\n" not in str(error.value) and not capsys.readouterr().out
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_what_is_no_file_of_weights(tmp_path):
+    model = nn.Linear(2, 2)
+    for name in ("a.pt", "a.safetensors"):
+        (tmp_path / name).write_text("nothing of the kind")
+        with pytest.raises(ValueError, match="holds no weights") as error:
+            load_weights(model, tmp_path / name)
+        assert "\n" not in str(error.value)
+        with pytest.raises(FileNotFoundError):
+            load_weights(model, tmp_path / f"no_{name}")
+    torch.save(torch.zeros(3), tmp_path / "b.pt")
+    with pytest.raises(ValueError, match="no dict of tensors"):
+        load_weights(model, tmp_path / "b.pt")
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.conv = nn.Linear(6, 6), nn.Linear(6, 6), nn.Conv2d(3, 6, 3)
+        self.last.weight = self.first.weight
+        self.register_buffer("grid", torch.arange(20).view(4, 5).T)
+
+    def forward(self, x):
+        return self.last(self.first(self.conv(x).mean((2, 3))))
+
+
+def test_any_module_is_saved_and_filled(tmp_path):
+    model, x = Tied().to(memory_format=torch.channels_last), torch.rand(2, 3, 8, 8)
+    card = save_model(model, tmp_path / "a", note="tied")
+    assert card["model"] is None and card["class"] == "Tied" and card["note"] == "tied"
+    with pytest.raises(ValueError, match="'Tied', which create_model does not know.*into=model"):
+        load_model(tmp_path / "a")
+    twin = load_model(tmp_path / "a", into=Tied())
+    assert all(map(torch.equal, twin.state_dict().values(), model.state_dict().values()))
+    torch.testing.assert_close(twin(x), model(x))  # other kernels run for channels-last
+    assert twin.last.weight is twin.first.weight and not twin.training
+    assert twin.card == card
+    other = nn.Linear(6, 6)
+    with pytest.raises(ValueError, match="does not fit this Linear: 'weight' is missing") as error:
+        load_model(tmp_path / "a", into=other)
+    assert "\n" not in str(error.value)
+    model.config = "of another library"
+    assert save_model(model, tmp_path / "a")["model"] is None
+
+
+def test_a_model_of_the_zoo_fills_another(saved):
+    model, path = saved
+    into = create_model("resnet8", 5, seed=9)
+    assert torch.equal(load_model(path, into=into).linear.weight, model.linear.weight)
+    assert torch.equal(into.normalize.std, model.normalize.std)
+
+
+# ---------------------------------------------------------------- ONNX
+
+
+@pytest.mark.parametrize("name, size", [("resnet8", 16), ("timm:vit_tiny_patch16_224", 32)])
+def test_onnx_gives_the_same_logits(name, size, tmp_path, capfd):
+    import onnxruntime
+
+    model = shake(create_model(name, 4, image_size=size, mean=(0.4, 0.5, 0.6), std=(0.2, 0.2, 0.3), seed=0))
+    expected, x = model(y := torch.rand(3, 3, size, size)), y.numpy()
+    before = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gap = export_onnx(model.train(), tmp_path / "a.onnx")
+    assert capfd.readouterr() == ("", "") and model.training and torch.equal(torch.get_rng_state(), before)
+    assert gap <= 1e-5 and [p.name for p in tmp_path.iterdir()] == ["a.onnx"]
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
+    for count in (1, 3):
+        got = torch.from_numpy(session.run(["logits"], {"images": x[:count]})[0])
+        torch.testing.assert_close(got, expected[:count], rtol=1e-4, atol=1e-5)
+
+
+def test_onnx_refuses_and_leaves_nothing(tmp_path, monkeypatch):
+    class Odd(nn.Module):
+        def forward(self, x):
+            return x.flatten(1) if x.sum() > 0 else x.flatten(1)[:, :2]
+
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    for model, example, words in (
+        (flat, None, "example must be images"),
+        (flat, torch.rand(3, 12), "example must be images"),
+        (nn.Conv2d(3, 2, 1), torch.rand(1, 3, 2, 2), "must return logits"),
+        (Odd(), torch.rand(1, 3, 2, 2), "cannot be exported"),
+    ):
+        with pytest.raises(ValueError, match=words) as error:
+            export_onnx(model, tmp_path / "a.onnx", example)
+        assert "\n" not in str(error.value)
+    export = torch.onnx.export
+
+    def wrong(net, *args, **kw):  # an exporter that errs
+        net = copy.deepcopy(net)
+        net[1].bias.data += 0.01
+        return export(net, *args, **kw)
+
+    monkeypatch.setattr(torch.onnx, "export", wrong)
+    with pytest.raises(ValueError, match="of the largest from PyTorch's, at most 1e-5"):
+        export_onnx(flat, tmp_path / "a.onnx", torch.rand(1, 3, 2, 2))
+    assert not [*tmp_path.iterdir()]
