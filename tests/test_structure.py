@@ -123,13 +123,13 @@ def number(name):
 
 
 def floor(name):
-    """00_checks is the ground; 00-02 data, models, attacks; 03-05 learning, then training, evaluation, runs; 06 the runner,
-    which stands on runs and which no notebook needs; 1x and 2x papers; 3x comparisons."""
-    if name == "00_checks":
-        return -1
-    if name == "03_learning":
-        return 0.5
+    """00_checks is the ground; 00-02 data, models, attacks; 03_learning; 03-05 training, evaluation, runs;
+    06 the runner, which stands on runs and which no notebook needs; 1x and 2x papers; 3x comparisons."""
+    if name in LOW: return LOW[name]
     return 0 if number(name) <= 2 else 1 if number(name) <= 5 else max(2, number(name) // 10 + 1)
+
+
+LOW = {"00_checks": -1, "03_learning": 0.5}
 
 
 def imports(tree):
