@@ -71,7 +71,7 @@ def _is_accuracy(quantity):  # "kd_accuracy", "pgd20-linf-8/255"; of "row | colu
 
 # %% ../nbs/05_runs.ipynb #ab29309b
 _MACHINE = ["seed", "device", "root", "results", "download", "threads", "workers", "compile", "progress",
-            "checkpoint", "checkpoints", "resume", "trackers"]  # who and where, not what
+            "checkpoint", "checkpoints", "resume", "save", "tracker"]  # who and where, not what
 
 def _protocol(parameters):  # what defines an experiment
     return {k: v for k, v in _portable(parameters).items() if k not in _MACHINE}

@@ -27,7 +27,8 @@ from kdnb.kd import KD
 from kdnb.learning import per_step, update
 from kdnb.models import create_model
 from kdnb.robust import PGDAT
-from kdnb.training import Supervised, TensorBoard, accuracy, fit, predict
+from kdnb.trackers import TensorBoard
+from kdnb.training import Supervised, accuracy, fit, predict
 
 # The script that the tests kill, resume and run in two processes: it distils on digits and saves the student.
 SCRIPT = """
