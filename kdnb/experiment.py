@@ -270,22 +270,21 @@ class Experiment(_Rows):
         "Write the card; the paper's numbers, the recorded runs (or `cards`) and this run, side by side."
         card = self.card(speed, **extra)
         save_card(card, self.values["results"])
-        if self.values.get("save"): save_networks(self, self.values["save"])
+        if self.values.get("save"): save_networks(self, card, self.values["save"])
         return results_table(self.notebook, cards, this_run=card)
 
 # %% ../nbs/07_experiment.ipynb #df0f3f98
-def save_networks(run, folder: str | Path) -> list[Path]:
-    "Every network that an experiment trained, LABEL.safetensors with its card; where they are."
+def save_networks(run, card: dict, folder: str | Path) -> list[Path]:
+    "Every network that an experiment trained, as LABEL.safetensors beside what it is; where they are."
     words, exact, key = protocol_name(run.notebook, run.parameters)
-    v, data, paths = run.values, run.data, []
-    parts = [run.notebook, v["preset"]] + [key] * (not exact) + [f"seed{v['seed']}"]
-    home = Path(folder) / ".".join(parts)
+    parts = [run.notebook, card["preset"]] + [key] * (not exact) + [f"seed{card['seed']}"]
+    home, data, paths = Path(folder) / ".".join(parts), run.data, []
+    known = {name: card[name] for name in ("notebook", "parameters", "dataset", "kdnb", "torch", "started")}
     for label, method in run.methods.items():
         peers = getattr(method, "peers", None)      # of networks that learn from each other, those that learn
         for k, model in enumerate([method.networks[k] for k in peers] if peers else [method.student], 1):
-            scores = {"validation": accuracy(model, data.val), "test": accuracy(model, data.test)}
-            about = {"notebook": run.notebook, "trained as": label, "protocol": words, "key": key}
             paths.append(home / f"{_plain(label)}{f'-{k}' * (k > 1)}.safetensors")
-            save_model(model, paths[-1], **about, parameters=run.parameters, dataset=data.describe(),
-                       classes=list(data.train.classes), accuracy=scores)
+            scores = {"validation": accuracy(model, data.val), "test": accuracy(model, data.test)}
+            about = {"trained as": label, "protocol": words, "classes": [*data.train.classes]}
+            save_model(model, paths[-1], **known, **about, accuracy=scores)
     return paths

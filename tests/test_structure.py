@@ -40,6 +40,8 @@ HEAVY = {
     "yaml",
     "PIL",
     "tensorboard",
+    "wandb",
+    "mlflow",
     "nbformat",
     "nbclient",
     "pyautoattack",
@@ -171,7 +173,7 @@ def test_name_is_number_and_name(name):
 
 
 def test_numbers_and_modules_are_unique():
-    below = ("00_checks", "00_checkpoint", "03_learning")  # the room of their number
+    below = ("00_checks", "00_checkpoint", "03_learning", "05_trackers")  # the room of their number
     numbers = [number(n) for n in NOTEBOOKS if n not in below]
     assert len(set(numbers)) == len(numbers), f"a number twice: {list(NOTEBOOKS)}"
     exported = [m for m in map(module_of, NOTEBOOKS) if m]
