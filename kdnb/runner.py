@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,8 @@ import kdnb
 from .checks import check_folder, check_numbers, shown
 from kdnb.runs import (
     Lesson,
+    ResultsTable,
+    compare_runs,
     lessons_folder,
     load_cards,
     notebooks,
@@ -45,6 +48,13 @@ def _output_name(name, every):  # 10_kd.PRESET.what-differs.seed0.ipynb
     if odd or len(short) > 60 or any("," in str(v) for v in every.values()):
         short = f"{short[:60]}.{key}"  # what the words leave open, the short hash decides
     return f"{short}.seed{every.get('seed', 0)}.ipynb"
+
+def _planned(name, preset, parameters, folder):  # what `plan_run` says, and the output's name
+    name, values, every = plan_run(name, preset, parameters)
+    out = _output_name(name, every)
+    if every.get("results") == "":  # it would keep no card
+        values["results"] = every["results"] = str(Path(folder).absolute())
+    return name, values, every, out
 
 def _check_output(output):  # its absolute path; never that of a lesson, not even through a link
     output = Path(output).absolute()
@@ -109,14 +119,15 @@ def _experiment(path, folder):  # -> the path of a notebook that holds the exper
 def run_notebook(
     name: str, *, preset: str | None = None,  # "10_kd" or "kd"; a named experiment or the path of a yaml file
     parameters: dict | None = None,  # name -> value, on top of the preset
-    output: str | Path | None = None,  # the executed notebook; None: runs/NOTEBOOK.PRESET.seedN.ipynb
+    output: str | Path | None = None,  # the executed notebook; None: FOLDER/NOTEBOOK.PRESET.seedN.ipynb
+    folder: str | Path = "runs",  # for the notebook, and for the card if the lesson would keep none
     cwd: str | Path | None = None,  # where it works; None: beside the lessons, for an installed kdnb: here
     timeout: float | None = None, log=print,  # limit for one cell in seconds; called with a line at the start
     experiment: bool = False,  # only sections 7 and 8, without the lesson around them
 ) -> Path:  # of the executed notebook
     "Run a lesson: ValueError before any work if the input is bad, RuntimeError if a cell fails."
-    name, values, every = plan_run(name, preset, parameters)
-    output = _check_output(output or Path("runs") / _output_name(name, every))
+    name, values, every, out = _planned(name, preset, parameters, folder)
+    output = _check_output(output or Path(folder) / out)
     if not find_spec("papermill") or not find_spec("ipykernel"):
         raise ImportError('running notebooks needs papermill: pip install "kdnb[run]"')
     cwd = Path(cwd or _run_folder()).absolute()
@@ -157,10 +168,8 @@ def _points(name, grid, preset, parameters, folder):  # output -> (full name, va
     points, keys = {}, {}
     for point in product(*grid.values()):
         point = dict(zip(grid, point, strict=True))
-        full, values, every = plan_run(name, preset, (parameters or {}) | point)
-        if every.get("results") == "":
-            values["results"] = every["results"] = str(Path(folder).absolute())
-        out, key = _output_name(full, every), (protocol_name(full, every)[2], every.get("seed"))
+        full, values, every, out = _planned(name, preset, (parameters or {}) | point, folder)
+        key = protocol_name(full, every)[2], every.get("seed")
         if out in points or key in keys:
             raise ValueError(f"the grid holds one run twice: {shown(keys.get(key, out))} and {shown(point)}")
         cards = load_cards(full, _run_folder() / every.get("results", folder), like=every)
@@ -237,7 +246,27 @@ def _shown_table(path, name):  # the last results table that an executed noteboo
     outputs = [o for c in _read_cells(path) for o in c.get("outputs", [])]
     texts = ["".join(o.get("data", {}).get("text/plain", o.get("text", ""))) for o in outputs]
     recorded = results_table(name)
-    return [recorded, *(t for t in texts if t.startswith(recorded.title))][-1]
+    title = str(recorded).partition("\n")[0]
+    return [recorded, *(t for t in texts if t.startswith(title))][-1]
+
+# %% ../nbs/06_runner.ipynb #e848afe8
+def _compared(first, second):
+    from tabulate import tabulate
+    found = compare_runs(first, second)
+    lines = [f"{name}: {a!r} -> {b!r}" for name, (a, b) in found["parameters"].items()]
+    lines = [f"{first} -> {second}", *(lines or ["no parameter differs"]), ""]
+    ours, theirs = (", ".join(map(str, seeds)) for seeds in found["seeds"])
+    if not found["metrics"]:
+        what = "metric" if {*found["seeds"][0]} & {*found["seeds"][1]} else "seed"
+        lines.append(f"they have no {what} in common, so nothing is compared; seeds: {ours} and {theirs}")
+        return "\n".join(lines)
+    def signed(value): return "" if value is None else f"{value:+.3g}"
+    cells = [[name, *(signed(d[k]) for k in ("mean", "low", "high")), str(d["n"])]
+             for name, d in found["metrics"].items()]
+    heads = ["metric", "difference", "from", "to", "n"]
+    note = ("difference: second - first, mean over the n seeds of both; from, to: its 95 % interval "
+            "(Student's t); accuracies in percentage points")
+    return "\n".join([*lines, tabulate(cells, heads, disable_numparse=True), "", note])
 
 # %% ../nbs/06_runner.ipynb #98c7552f
 def _read(kind, text):
@@ -256,12 +285,21 @@ def _parser():
     top.add_argument("--version", action="version", version=f"kdnb {kdnb.__version__}")
     add = top.add_subparsers(dest="command", required=True).add_parser
     show, results = add("list", help="the lessons, or one's parameters"), add("results", help="recorded runs")
+    pair = add("compare", help="what differs between two runs: parameters, metrics by seed")
     run, grid = add("run", help="execute a lesson"), add("sweep", help="run a grid, skip what is recorded")
     copy = add("copy", help="put the lessons into a folder, to read them in JupyterLab")
     for sub in (show, results, run, grid):
         sub.add_argument("name", nargs="?" if sub in (show, results) else None, help="a lesson: 10_kd, or kd")
+    for option, words in {"rows": "name of a row, or a regular expression",
+                          "columns": "A,B: names of columns, or regular expressions",
+                          "plot": "FILE.svg or .png: mean and std by row, of the first column"}.items():
+        results.add_argument(f"--{option}", default="", help=words)
+    results.add_argument("--format", default="text", help="text, markdown, latex, csv or json")
+    pair.add_argument("runs", nargs=2, metavar="RUN",
+                      help="10_kd:mnist, kd:mnist:SEED, CARDS.jsonl:mnist, OUT.ipynb")
+    for sub in (results, run, grid):
+        sub.add_argument("-f", "--preset", default="", help="a named experiment; to run: or a yaml file")
     for sub in (run, grid):
-        sub.add_argument("-f", dest="preset", metavar="PRESET", help="a named experiment, or a yaml file")
         sub.add_argument("-p", dest="set", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
                          help="set a parameter; see kdnb list NAME; may be repeated")
         sub._negative_number_matcher = re.compile(r"-\.?\d[\d.eE+-]*")  # so that -1e-3 is a value
@@ -283,7 +321,13 @@ def _command(args):  # -> exit code
         print(f"{len(copied)} files copied; to read them: jupyter lab {args.folder}")
     elif args.command == "results":
         names = [Lesson(args.name).name] if args.name else [n for n in notebooks() if load_cards(n)]
-        print("\n\n".join(str(results_table(n)) for n in names) or "no recorded runs yet")
+        table = ResultsTable([r for n in names for r in results_table(n).rows], *names[:1])
+        table = table.select(args.preset, args.rows, args.columns)
+        text = table.show(args.format, shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
+        if args.plot: table.plot(args.plot)
+        print(f"the plot: {args.plot}" if args.plot else text)
+    elif args.command == "compare":
+        print(_compared(*args.runs))
     else:
         kinds = {k: v[0] for k, v in Lesson(args.name).parameters.items()}
         def read(name, text):

@@ -4,18 +4,22 @@
 
 # %% auto #0
 __all__ = ['run_parameters', 'run_card', 'save_card', 'load_cards', 'lessons_folder', 'notebooks', 'Lesson', 'plan_run',
-           'protocol_name', 'ResultsTable', 'results_table']
+           'protocol_name', 'ResultsTable', 'results_table', 'compare_runs']
 
 # %% ../nbs/05_runs.ipynb #7531b4c0
 import ast
+import csv
 import hashlib
 import html
+import io
 import json
 import math
+import operator
 import os
 import platform
 import re
 import subprocess
+import textwrap
 import time
 import warnings
 from contextlib import suppress
@@ -24,7 +28,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from . import __version__
-from .checks import check_choice, check_numbers, parse_rule, shown, unknown
+from .checks import check_choice, check_numbers, parse_rule, shown, unknown, write_whole
 
 # %% ../nbs/05_runs.ipynb #c04f2363
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool}
@@ -347,14 +351,16 @@ def plan_run(
     return lesson.name, values, {k: v[1] for k, v in declared.items()} | values
 
 # %% ../nbs/05_runs.ipynb #ebb52bc1
+def _defaults(notebook):  # of a lesson's parameters; none of a lesson that is not there
+    return {k: v[1] for k, v in Lesson(notebook).parameters.items()} if notebook in notebooks() else {}
+
 def protocol_name(
     notebook: str, parameters: dict,  # "10_kd"; those of a run
     data: str = "",  # name of the data set; "" does not say it
 ) -> tuple:  # "mnist, epochs=3"; whether this is exactly the shipped preset; "1a2b3c4d", for file names
     "A protocol in words: its preset, and what differs; its short hash, in which paths count in full."
     preset = parameters.get("preset", "default")
-    lesson = Lesson(notebook) if notebook in notebooks() else None
-    defaults = {k: v[1] for k, v in lesson.parameters.items()} if lesson else {}
+    lesson, defaults = Lesson(notebook) if notebook in notebooks() else None, _defaults(notebook)
     named = _preset(lesson, preset) if lesson and preset in lesson.presets else {}
     usual = defaults | named | {"preset": preset}
     key = _key(defaults | parameters | {"preset": preset})
@@ -369,10 +375,13 @@ def _rows(label, cards, paper):  # cards of one protocol, one per seed -> one ro
     for name in dict.fromkeys(n for n in names if n != "source"):
         found = {c["seed"]: c["metrics"][name] for c in cards if name in c["metrics"]}
         values = [v * (100 if _is_accuracy(name) else 1) for v in found.values()]
-        rows.append({"protocol": label, "quantity": name, "paper": paper.get(name),
-                     "source": paper.get("source"), "n": len(values), "seeds": sorted(found),
+        row, _, column = name.rpartition(" | ") if " | " in name else (name, "", "ours")
+        rows.append({"notebook": cards[0]["notebook"], "preset": cards[0]["preset"], "protocol": label,
+                     "row": row, "column": column, "quantity": name,
+                     "paper": paper.get(name), "source": paper.get("source"),
                      "mean": fmean(values) if values else None,
                      "std": stdev(values) if len(values) > 1 else None,
+                     "n": len(values), "seeds": sorted(found),
                      "device": " / ".join(dict.fromkeys(c["device"] for c in cards)),
                      "minutes": fmean(c["seconds"] for c in cards) / 60,
                      "date": max(c["started"] for c in cards)[:10],
@@ -410,8 +419,7 @@ def _cell(row):  # "79.10 ± 0.21 (paper 79.47)"
 def _grid(rows):  # of quantities called "row | column": a line for each row name of a protocol
     lines = {}
     for r in rows:
-        name, _, column = r["quantity"].rpartition(" | ")
-        lines.setdefault((r["protocol"], r["sha256"], name), {})[column] = r
+        lines.setdefault((r["protocol"], r["sha256"], r["row"]), {})[r["column"]] = r
     columns, last = list(dict.fromkeys(column for line in lines.values() for column in line)), (None, None)
     cells = [["protocol", "row", *columns, *"n device minutes date".split()]]
     for (*protocol, name), line in lines.items():
@@ -425,56 +433,216 @@ def _grid(rows):  # of quantities called "row | column": a line for each row nam
         last = protocol, n
     return cells
 
+# %% ../nbs/05_runs.ipynb #96219dc3
+def _laid_out(cells, form, **options):
+    from tabulate import tabulate
+    return tabulate(cells, tablefmt=form, disable_numparse=True, **options)
+
+def _text(title, tables, notes, width):
+    notes = "\n".join(textwrap.fill(note, width) if width else note for note in notes)
+    return [title, *(_fitted(cells, width) for cells in tables), notes]
+
+def _fitted(cells, width):  # as text; what is wider than `width` is wrapped between words, or becomes blocks
+    def widths(length): return [max(length(head) + 2, *map(length, rest), 0) for head, *rest in columns]
+    def word(text): return max(map(len, re.split(r"(?<!±) (?!±)", text)))  # "98.41 ± 0.01" is one
+    columns, gaps = list(zip(*cells, strict=True)), 2 * len(cells[0]) - 2
+    wide, least = widths(len), widths(word)  # with the 2 by which tabulate pads the heads
+    if width and sum(least) + gaps > width:
+        limits = [None, max(10, width - max(map(len, cells[0])) - 2)]
+        blocks = [[pair for pair in zip(cells[0], line, strict=True) if pair[1]] for line in cells[1:]]
+        return "\n\n".join(_laid_out(block, "plain", maxcolwidths=limits) for block in blocks)
+    while width and sum(wide) + gaps > width:
+        spare = [now - low for now, low in zip(wide, least, strict=True)]
+        wide[spare.index(max(spare))] -= 1
+    limits = {"maxcolwidths": wide, "maxheadercolwidths": [w - 2 for w in wide], "break_on_hyphens": False}
+    return _laid_out(cells, "simple", headers="firstrow", **(limits if width else {}))
+
+def _markdown(title, tables, notes, width):
+    def safe(text): return html.escape(text, False).replace("|", r"\|")
+    tables = [[[safe(c) for c in line] for line in cells] for cells in tables]
+    return [f"**{safe(title)}**", *(_laid_out(cells, "github", headers="firstrow") for cells in tables),
+            "<br>".join(map(safe, notes))]
+
+def _latex(title, tables, notes, width):  # tabulars for the package booktabs
+    tables = [_laid_out(cells, "latex_booktabs", headers="firstrow") for cells in tables]
+    return [f"% {title}", *(t.replace("±", r"$\pm$") for t in tables), "\n".join(f"% {n}" for n in notes)]
+
+# %% ../nbs/05_runs.ipynb #ba1a55fe
+_FORMS = {"text": _text, "markdown": _markdown, "latex": _latex, "csv": None, "json": None}
+
+def _csv(rows):  # lists become words
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    for r in rows:
+        writer.writerow({k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in r.items()})
+    return out.getvalue().strip()
+
+def _matching(rows, field, words, finds=re.search):  # those whose field is such a word, or matches one
+    names, chosen = list(dict.fromkeys(r[field] for r in rows)), []
+    for word in words:
+        try: found = [word] if word in names else [name for name in names if finds(word, name)]
+        except re.error as error:
+            words = f"{field} must be a name or a regular expression, got {shown(word)}: {error}"
+            raise ValueError(words) from None
+        if not found: raise unknown(field, word, names)
+        chosen += found
+    return [r for r in rows if r[field] in chosen]
+
+# %% ../nbs/05_runs.ipynb #4bd2a67a
+def _figure(rows, title, unit):
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(9, 1.8 + 0.3 * len(rows)), layout="constrained")
+    ax, groups = figure.add_subplot(title=title, xlabel=unit), {}
+    for y, r in enumerate(rows): groups.setdefault(f"{r['notebook']}: {r['protocol']}", []).append((y, r))
+    for marker, (label, group) in enumerate(groups.items()):
+        points = [(math.nan if r["mean"] is None else r["mean"], y, r["std"] or 0) for y, r in group]
+        means, ys, stds = zip(*points, strict=True)
+        ax.errorbar(means, ys, xerr=stds, fmt="osD^v"[marker % 5], capsize=3, label=label)
+    paper = [(r["paper"], y) for y, r in enumerate(rows) if r["paper"] is not None]
+    if paper: ax.plot(*zip(*paper, strict=True), "kx", ms=9, mew=2, label="paper")
+    ax.set(yticks=range(len(rows)), yticklabels=[r["row"] for r in rows])
+    ax.invert_yaxis()
+    ax.grid(axis="x", lw=0.3)
+    figure.legend(loc="outside lower left")
+    return figure
+
 # %% ../nbs/05_runs.ipynb #a5f264f7
 class ResultsTable:
-    "A results table: print shows text, Jupyter a table; `rows`, a list of dicts, has seeds and commits too."
-    def __init__(self, notebook: str, rows: list):
-        self.title, self.rows = f"{notebook}: the paper's numbers beside ours", rows
-        sources = dict.fromkeys(f"paper: {r['source']}" for r in rows if r["source"])
-        self.notes = ["ours: mean ± sample standard deviation over n seeds; accuracies in percent; "
-                      "minutes of one run", *sources]
+    "The results of one lesson or more: print shows text, Jupyter a table; `rows` is a list of records."
 
-    def _tables(self):  # lists of lines of cells, the heads first; a grid follows the plain rows
-        plain = _plain([r for r in self.rows if " | " not in r["quantity"]])
-        grid = _grid([r for r in self.rows if " | " in r["quantity"]])
-        found = [cells for cells in (plain, grid) if len(cells) > 1] or [[["no recorded runs yet"]]]
-        return [[[" ".join(c.split()) for c in line] for line in cells] for cells in found]
+    def __init__(self, rows: list, notebook: str = "all lessons"):  # the title as long as there are no rows
+        self.rows, self.notebook = rows, notebook
 
-    def __repr__(self):
-        blocks = [self.title]
-        for cells in self._tables():
-            wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
-            lines = ["  ".join(map(str.ljust, line, wide)).rstrip() for line in cells]
-            blocks.append("\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]]))
-        return "\n\n".join([*blocks, "\n".join(self.notes)])
+    def _sections(self):  # of each lesson (title, tables: lines of cells, the heads first, notes)
+        for lesson in dict.fromkeys(r["notebook"] for r in self.rows) or [self.notebook]:
+            rows = [r for r in self.rows if r["notebook"] == lesson]
+            plain = _plain([r for r in rows if r["row"] == r["quantity"]])
+            grid = _grid([r for r in rows if r["row"] != r["quantity"]])
+            found = [cells for cells in (plain, grid) if len(cells) > 1] or [[["no recorded runs yet"]]]
+            sources = dict.fromkeys(f"paper: {r['source']}" for r in rows if r["source"])
+            notes = ["ours: mean ± sample standard deviation over n seeds; accuracies in percent; "
+                     "minutes of one run", *sources]
+            found = [[[" ".join(c.split()) for c in line] for line in cells] for cells in [*found, [notes]]]
+            yield f"{lesson}: the paper's numbers beside ours", found[:-1], found[-1][0]
 
-    def _repr_markdown_(self):
-        blocks = []
-        for cells in self._tables():
-            safe = [[html.escape(c, False).replace("|", r"\|") for c in line] for line in cells]
-            lines = ["| " + " | ".join(line) + " |" for line in safe]
-            blocks.append("\n".join([lines[0], "|---" * len(cells[0]) + "|", *lines[1:]]))
-        return "\n\n".join([*blocks, "<br>".join(html.escape(n, False) for n in self.notes)])
+    def show(
+        self, form: str = "text",  # text, markdown, latex, csv or json
+        width: int | None = None,  # of a terminal, for text: > 0 characters; None: as wide as it is
+    ) -> str:
+        "Tables with title and notes; for csv and json a record for each row and column, accuracies in %."
+        if form not in _FORMS: raise unknown("format", form, _FORMS)
+        if form == "json": return json.dumps(self.rows, indent=1, ensure_ascii=False)
+        if form == "csv": return _csv(self.rows)
+        return "\n\n".join(block for part in self._sections() for block in _FORMS[form](*part, width))
+
+    def __repr__(self): return self.show()
+
+    def _repr_markdown_(self): return self.show("markdown")
+
+    def select(
+        self, preset: str = "",  # name of an experiment; "" here and below: all
+        rows: str = "",  # name of a row or quantity, or a regular expression
+        columns: str = "",  # "A,B": names of measured columns, or regular expressions; "ours": of no grid
+    ) -> "ResultsTable":
+        "The part that is asked for; ValueError with the nearest names if there is none."
+        kept = self.rows
+        for field, words, finds in [("preset", [preset], operator.eq), ("row", [rows], re.search),
+                                    ("column", columns.split(","), re.search)]:
+            if kept and words != [""]: kept = _matching(kept, field, words, finds)
+        return ResultsTable(kept, self.notebook)
+
+    def plot(self, path: str | Path) -> None:  # .svg or .png
+        "Mean, standard deviation and the paper's number by row, of the first column; what has its unit only."
+        kind = Path(path).suffix
+        if kind not in (".svg", ".png"): raise unknown("kind of picture", kind, [".svg", ".png"])
+        if not self.rows: raise ValueError(f"{self.notebook}: no recorded runs yet, so nothing to plot")
+        column, percent = self.rows[0]["column"], _is_accuracy(self.rows[0]["quantity"])
+        rows = [r for r in self.rows if (r["column"], _is_accuracy(r["quantity"])) == (column, percent)]
+        title = " and ".join(dict.fromkeys(r["notebook"] for r in rows)) + f": {column}"
+        unit = "percent, " * percent + "mean ± standard deviation over seeds"
+        said = "; ".join(f"{r['row']} {_cell(r)}" for r in rows)
+        figure, about = _figure(rows, title, unit), {"Title": title, "Description": f"{unit}: {said}"}
+        write_whole(path, lambda part: figure.savefig(part, format=kind[1:], dpi=150, metadata=about))
 
 # %% ../nbs/05_runs.ipynb #09f9d0ed
+def _groups(cards):  # (exactly its preset?, preset, protocol, data) -> {seed: the newest card}
+    groups = {}
+    for card in sorted(cards, key=lambda card: card["started"]):
+        asked, data = card["parameters"] | {"preset": card["preset"]}, card["dataset"]
+        label, exact, _ = protocol_name(card["notebook"], asked, data["name"])
+        groups.setdefault((exact, card["preset"], label, str(data.get("sha256"))), {})[card["seed"]] = card
+    return groups
+
 def results_table(
     notebook: str, cards: list | None = None,  # None: the recorded ones, `load_cards(notebook)`
     this_run: dict | None = None,  # the card of the run that asks; it gets rows of its own
     paper: dict | None = None,  # preset -> {"source": text, quantity: number}, accuracies in percent
 ) -> "ResultsTable":  # for print and for Jupyter
     "The paper's numbers beside ours. Of a protocol and a seed the newest card counts; no other is left out."
-    file, groups = lessons_folder() / "results" / f"{notebook}.paper.yaml", {}
+    file, rows = lessons_folder() / "results" / f"{notebook}.paper.yaml", []
     if paper is None:
         paper = _yaml(file) if file.exists() else {}
-    cards = sorted(load_cards(notebook) if cards is None else cards, key=lambda card: card["started"])
-    for mine, card in [("", c) for c in cards] + [("this run: ", this_run)] * bool(this_run):
-        asked, data = card["parameters"] | {"preset": card["preset"]}, card["dataset"]
-        label, exact, _ = protocol_name(card["notebook"], asked, data["name"])
-        known = exact and card["preset"] in paper
-        key = mine, not known, label, str(data.get("sha256"))
-        groups.setdefault(key, {})[card["seed"]] = card
-    rows = []
-    for mine, other, label, sha256 in sorted(groups):
-        group = list(groups[mine, other, label, sha256].values())
-        rows += _rows(mine + label, group, {} if other else paper[group[0]["preset"]])
-    return ResultsTable(notebook, rows)
+    cards = load_cards(notebook) if cards is None else cards
+    for mine, some in [("", cards), ("this run: ", [this_run] * bool(this_run))]:
+        found = [(not exact or preset not in paper, label, data, preset, list(group.values()))
+                 for (exact, preset, label, data), group in _groups(some).items()]
+        for other, label, _, preset, group in sorted(found, key=lambda each: each[:3]):
+            rows += _rows(mine + label, group, {} if other else paper[preset])
+    return ResultsTable(rows, notebook)
+
+# %% ../nbs/05_runs.ipynb #11aa6b95
+def _recorded(words):  # a run in words -> {seed: card} of one protocol
+    path = Path(re.sub(r"(\.jsonl):.*", r"\1", words, flags=re.DOTALL))
+    if path.suffix in (".ipynb", ".jsonl") and not path.is_file():
+        raise unknown("file", str(path), map(str, path.parent.glob(f"*{path.suffix}")))
+    if path.suffix == ".ipynb":
+        return _executed(path)
+    found = re.fullmatch(r"(.+?\.jsonl|[^:]+)(?::(.+?))?(?::(-?\d+))?", words)
+    if not found: raise ValueError(f"a run reads LESSON:PRESET:SEED or is a file, got {shown(words)}")
+    where, label, seed = found.groups()
+    groups = _groups(load_cards(path.stem, path.parent) if path.suffix else load_cards(Lesson(where).name))
+    keys = [k for k in groups if label in (None, k[2])] or [k for k in groups if k[:2] == (True, label)]
+    if not keys: raise unknown("run", words, [f"{where}:{key[2]}" for key in groups])
+    if len(keys) > 1: raise ValueError(f"{words} is more than one: {'; '.join(k[2] for k in keys)}")
+    group = groups[keys[0]]
+    if seed and int(seed) not in group: raise unknown("seed", seed, map(str, group))
+    return {int(seed): group[int(seed)]} if seed else group
+
+def _executed(path):  # papermill writes into a notebook which one it ran, and what it was given
+    try:
+        ran = json.loads(path.read_text("utf-8"))["metadata"]["papermill"]
+        name, values = Path(ran["input_path"]).stem, ran["parameters"]
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(f"{path} is no executed notebook") from None
+    every = plan_run(name, None, values)[2]
+    places = [None, lessons_folder() / every.get("results", "")]
+    found = [card for place in places for card in load_cards(name, place, like=every)]
+    if not found: raise ValueError(f"{path} has no run card")
+    return {found[-1]["seed"]: found[-1]}
+
+# %% ../nbs/05_runs.ipynb #70e76638
+def _difference(values):  # their mean and its 95 % interval
+    from scipy.stats import t
+    mean, n, half = fmean(values), len(values), None
+    if n > 1: half = float(t.ppf(0.975, n - 1)) * stdev(values) / math.sqrt(n)
+    return {"mean": mean, "low": half and mean - half, "high": half and mean + half, "n": n}
+
+def compare_runs(
+    first: str, second: str,  # such as "10_kd:mnist", "kd:mnist:0", "runs/10_kd.jsonl:mnist", "out.ipynb"
+) -> dict:  # of "metrics" second minus first, paired by seeds; of accuracies in percentage points
+    "The \"parameters\" that differ, name: (first, second); the \"seeds\" of each; mean difference of \"metrics\"."
+    def setting(card):
+        values = _protocol(_defaults(card["notebook"]) | card["parameters"])
+        data = card["dataset"].get("sha256")
+        return {"lesson": card["notebook"], **values, "data sha256": data, "device": card["device"]}
+    ours, theirs = _recorded(first), _recorded(second)
+    one, other = (setting(max(cards.values(), key=lambda c: c["started"])) for cards in (ours, theirs))
+    pairs = [(ours[seed]["metrics"], theirs[seed]["metrics"]) for seed in sorted(ours.keys() & theirs.keys())]
+    found = {}
+    for a, b in pairs:
+        for name in (n for n in a if n in b and n[0] != "_"):
+            found.setdefault(name, []).append((b[name] - a[name]) * (100 if _is_accuracy(name) else 1))
+    return {"parameters": {k: (one.get(k), other.get(k)) for k in one | other if one.get(k) != other.get(k)},
+            "seeds": (sorted(ours), sorted(theirs)),
+            "metrics": {name: _difference(values) for name, values in found.items()}}
