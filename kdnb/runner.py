@@ -249,7 +249,7 @@ def _shown_table(path, name):  # the last results table that an executed noteboo
     title = str(recorded).partition("\n")[0]
     return [recorded, *(t for t in texts if t.startswith(title))][-1]
 
-# %% ../nbs/06_runner.ipynb #e848afe8
+# %% ../nbs/06_runner.ipynb #e970b2b3
 def _compared(first, second):
     from tabulate import tabulate
     found = compare_runs(first, second)

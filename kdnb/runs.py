@@ -433,7 +433,7 @@ def _grid(rows):  # of quantities called "row | column": a line for each row nam
         last = protocol, n
     return cells
 
-# %% ../nbs/05_runs.ipynb #96219dc3
+# %% ../nbs/05_runs.ipynb #570e35f7
 def _laid_out(cells, form, **options):
     from tabulate import tabulate
     return tabulate(cells, tablefmt=form, disable_numparse=True, **options)
@@ -467,7 +467,7 @@ def _latex(title, tables, notes, width):  # tabulars for the package booktabs
     tables = [_laid_out(cells, "latex_booktabs", headers="firstrow") for cells in tables]
     return [f"% {title}", *(t.replace("±", r"$\pm$") for t in tables), "\n".join(f"% {n}" for n in notes)]
 
-# %% ../nbs/05_runs.ipynb #ba1a55fe
+# %% ../nbs/05_runs.ipynb #3790e18e
 _FORMS = {"text": _text, "markdown": _markdown, "latex": _latex, "csv": None, "json": None}
 
 def _csv(rows):  # lists become words
@@ -489,7 +489,7 @@ def _matching(rows, field, words, finds=re.search):  # those whose field is such
         chosen += found
     return [r for r in rows if r[field] in chosen]
 
-# %% ../nbs/05_runs.ipynb #4bd2a67a
+# %% ../nbs/05_runs.ipynb #d38bf936
 def _figure(rows, title, unit):
     from matplotlib.figure import Figure
     figure = Figure(figsize=(9, 1.8 + 0.3 * len(rows)), layout="constrained")
@@ -591,17 +591,18 @@ def results_table(
             rows += _rows(mine + label, group, {} if other else paper[preset])
     return ResultsTable(rows, notebook)
 
-# %% ../nbs/05_runs.ipynb #11aa6b95
+# %% ../nbs/05_runs.ipynb #9c1df00c
 def _recorded(words):  # a run in words -> {seed: card} of one protocol
-    path = Path(re.sub(r"(\.jsonl):.*", r"\1", words, flags=re.DOTALL))
-    if path.suffix in (".ipynb", ".jsonl") and not path.is_file():
-        raise unknown("file", str(path), map(str, path.parent.glob(f"*{path.suffix}")))
-    if path.suffix == ".ipynb":
-        return _executed(path)
-    found = re.fullmatch(r"(.+?\.jsonl|[^:]+)(?::(.+?))?(?::(-?\d+))?", words)
+    found = re.fullmatch(r"(.+?\.jsonl|.+\.ipynb|[^:]+)(?::(.+?))?(?::(-?\d+))?", words)
     if not found: raise ValueError(f"a run reads LESSON:PRESET:SEED or is a file, got {shown(words)}")
     where, label, seed = found.groups()
-    groups = _groups(load_cards(path.stem, path.parent) if path.suffix else load_cards(Lesson(where).name))
+    path = Path(where)
+    if path.suffix in (".ipynb", ".jsonl") and not path.is_file():
+        raise unknown("file", where, map(str, path.parent.glob(f"*{path.suffix}")))
+    if path.suffix == ".ipynb": return _executed(path)
+    cards = load_cards(path.stem, path.parent) if path.suffix == ".jsonl" else load_cards(Lesson(where).name)
+    groups = _groups(cards)
+    if not groups: raise ValueError(f"{where}: no recorded runs yet")
     keys = [k for k in groups if label in (None, k[2])] or [k for k in groups if k[:2] == (True, label)]
     if not keys: raise unknown("run", words, [f"{where}:{key[2]}" for key in groups])
     if len(keys) > 1: raise ValueError(f"{words} is more than one: {'; '.join(k[2] for k in keys)}")
@@ -621,7 +622,7 @@ def _executed(path):  # papermill writes into a notebook which one it ran, and w
     if not found: raise ValueError(f"{path} has no run card")
     return {found[-1]["seed"]: found[-1]}
 
-# %% ../nbs/05_runs.ipynb #70e76638
+# %% ../nbs/05_runs.ipynb #e23cf3d1
 def _difference(values):  # their mean and its 95 % interval
     from scipy.stats import t
     mean, n, half = fmean(values), len(values), None
@@ -631,7 +632,7 @@ def _difference(values):  # their mean and its 95 % interval
 def compare_runs(
     first: str, second: str,  # such as "10_kd:mnist", "kd:mnist:0", "runs/10_kd.jsonl:mnist", "out.ipynb"
 ) -> dict:  # of "metrics" second minus first, paired by seeds; of accuracies in percentage points
-    "The \"parameters\" that differ, name: (first, second); the \"seeds\" of each; mean difference of \"metrics\"."
+    "The \"parameters\" that differ, (first, second); the \"seeds\" of each; \"metrics\": mean differences."
     def setting(card):
         values = _protocol(_defaults(card["notebook"]) | card["parameters"])
         data = card["dataset"].get("sha256")
