@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['run_parameters', 'run_card', 'save_card', 'load_cards', 'lessons_folder', 'notebooks', 'Lesson', 'plan_run',
-           'protocol_name', 'ResultsTable', 'results_table', 'compare_runs']
+           'protocol_name', 'ResultsTable', 'group_cards', 'results_table']
 
 # %% ../nbs/05_runs.ipynb #7531b4c0
 import ast
@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from . import __version__
-from .checks import check_choice, check_numbers, parse_rule, shown, unknown, write_whole
+from .checks import check_choice, check_numbers, parse_rule, shown, unknown
 
 # %% ../nbs/05_runs.ipynb #c04f2363
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool}
@@ -351,16 +351,14 @@ def plan_run(
     return lesson.name, values, {k: v[1] for k, v in declared.items()} | values
 
 # %% ../nbs/05_runs.ipynb #ebb52bc1
-def _defaults(notebook):  # of a lesson's parameters; none of a lesson that is not there
-    return {k: v[1] for k, v in Lesson(notebook).parameters.items()} if notebook in notebooks() else {}
-
 def protocol_name(
     notebook: str, parameters: dict,  # "10_kd"; those of a run
     data: str = "",  # name of the data set; "" does not say it
 ) -> tuple:  # "mnist, epochs=3"; whether this is exactly the shipped preset; "1a2b3c4d", for file names
     "A protocol in words: its preset, and what differs; its short hash, in which paths count in full."
     preset = parameters.get("preset", "default")
-    lesson, defaults = Lesson(notebook) if notebook in notebooks() else None, _defaults(notebook)
+    lesson = Lesson(notebook) if notebook in notebooks() else None
+    defaults = {k: v[1] for k, v in lesson.parameters.items()} if lesson else {}
     named = _preset(lesson, preset) if lesson and preset in lesson.presets else {}
     usual = defaults | named | {"preset": preset}
     key = _key(defaults | parameters | {"preset": preset})
@@ -378,6 +376,7 @@ def _rows(label, cards, paper):  # cards of one protocol, one per seed -> one ro
         row, _, column = name.rpartition(" | ") if " | " in name else (name, "", "ours")
         rows.append({"notebook": cards[0]["notebook"], "preset": cards[0]["preset"], "protocol": label,
                      "row": row, "column": column, "quantity": name,
+                     "unit": "%" if _is_accuracy(name) else "",
                      "paper": paper.get(name), "source": paper.get("source"),
                      "mean": fmean(values) if values else None,
                      "std": stdev(values) if len(values) > 1 else None,
@@ -489,24 +488,6 @@ def _matching(rows, field, words, finds=re.search):  # those whose field is such
         chosen += found
     return [r for r in rows if r[field] in chosen]
 
-# %% ../nbs/05_runs.ipynb #d38bf936
-def _figure(rows, title, unit):
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(9, 1.8 + 0.3 * len(rows)), layout="constrained")
-    ax, groups = figure.add_subplot(title=title, xlabel=unit), {}
-    for y, r in enumerate(rows): groups.setdefault(f"{r['notebook']}: {r['protocol']}", []).append((y, r))
-    for marker, (label, group) in enumerate(groups.items()):
-        points = [(math.nan if r["mean"] is None else r["mean"], y, r["std"] or 0) for y, r in group]
-        means, ys, stds = zip(*points, strict=True)
-        ax.errorbar(means, ys, xerr=stds, fmt="osD^v"[marker % 5], capsize=3, label=label)
-    paper = [(r["paper"], y) for y, r in enumerate(rows) if r["paper"] is not None]
-    if paper: ax.plot(*zip(*paper, strict=True), "kx", ms=9, mew=2, label="paper")
-    ax.set(yticks=range(len(rows)), yticklabels=[r["row"] for r in rows])
-    ax.invert_yaxis()
-    ax.grid(axis="x", lw=0.3)
-    figure.legend(loc="outside lower left")
-    return figure
-
 # %% ../nbs/05_runs.ipynb #a5f264f7
 class ResultsTable:
     "The results of one lesson or more: print shows text, Jupyter a table; `rows` is a list of records."
@@ -530,7 +511,7 @@ class ResultsTable:
         self, form: str = "text",  # text, markdown, latex, csv or json
         width: int | None = None,  # of a terminal, for text: > 0 characters; None: as wide as it is
     ) -> str:
-        "Tables with title and notes; for csv and json a record for each row and column, accuracies in %."
+        "Tables with title and notes; for csv and json a record for each row and column."
         if form not in _FORMS: raise unknown("format", form, _FORMS)
         if form == "json": return json.dumps(self.rows, indent=1, ensure_ascii=False)
         if form == "csv": return _csv(self.rows)
@@ -552,21 +533,9 @@ class ResultsTable:
             if kept and words != [""]: kept = _matching(kept, field, words, finds)
         return ResultsTable(kept, self.notebook)
 
-    def plot(self, path: str | Path) -> None:  # .svg or .png
-        "Mean, standard deviation and the paper's number by row, of the first column; what has its unit only."
-        kind = Path(path).suffix
-        if kind not in (".svg", ".png"): raise unknown("kind of picture", kind, [".svg", ".png"])
-        if not self.rows: raise ValueError(f"{self.notebook}: no recorded runs yet, so nothing to plot")
-        column, percent = self.rows[0]["column"], _is_accuracy(self.rows[0]["quantity"])
-        rows = [r for r in self.rows if (r["column"], _is_accuracy(r["quantity"])) == (column, percent)]
-        title = " and ".join(dict.fromkeys(r["notebook"] for r in rows)) + f": {column}"
-        unit = "percent, " * percent + "mean ± standard deviation over seeds"
-        said = "; ".join(f"{r['row']} {_cell(r)}" for r in rows)
-        figure, about = _figure(rows, title, unit), {"Title": title, "Description": f"{unit}: {said}"}
-        write_whole(path, lambda part: figure.savefig(part, format=kind[1:], dpi=150, metadata=about))
-
 # %% ../nbs/05_runs.ipynb #09f9d0ed
-def _groups(cards):  # (exactly its preset?, preset, protocol, data) -> {seed: the newest card}
+def group_cards(cards: list) -> dict:  # (exactly its preset?, preset, protocol, data) -> {seed: card}
+    "Which cards repeat each other: those of one protocol and one data set. Of a seed the newest counts."
     groups = {}
     for card in sorted(cards, key=lambda card: card["started"]):
         asked, data = card["parameters"] | {"preset": card["preset"]}, card["dataset"]
@@ -586,64 +555,7 @@ def results_table(
     cards = load_cards(notebook) if cards is None else cards
     for mine, some in [("", cards), ("this run: ", [this_run] * bool(this_run))]:
         found = [(not exact or preset not in paper, label, data, preset, list(group.values()))
-                 for (exact, preset, label, data), group in _groups(some).items()]
+                 for (exact, preset, label, data), group in group_cards(some).items()]
         for other, label, _, preset, group in sorted(found, key=lambda each: each[:3]):
             rows += _rows(mine + label, group, {} if other else paper[preset])
     return ResultsTable(rows, notebook)
-
-# %% ../nbs/05_runs.ipynb #9c1df00c
-def _recorded(words):  # a run in words -> {seed: card} of one protocol
-    found = re.fullmatch(r"(.+?\.jsonl|.+\.ipynb|[^:]+)(?::(.+?))?(?::(-?\d+))?", words)
-    if not found: raise ValueError(f"a run reads LESSON:PRESET:SEED or is a file, got {shown(words)}")
-    where, label, seed = found.groups()
-    path = Path(where)
-    if path.suffix in (".ipynb", ".jsonl") and not path.is_file():
-        raise unknown("file", where, map(str, path.parent.glob(f"*{path.suffix}")))
-    if path.suffix == ".ipynb": return _executed(path)
-    cards = load_cards(path.stem, path.parent) if path.suffix == ".jsonl" else load_cards(Lesson(where).name)
-    groups = _groups(cards)
-    if not groups: raise ValueError(f"{where}: no recorded runs yet")
-    keys = [k for k in groups if label in (None, k[2])] or [k for k in groups if k[:2] == (True, label)]
-    if not keys: raise unknown("run", words, [f"{where}:{key[2]}" for key in groups])
-    if len(keys) > 1: raise ValueError(f"{words} is more than one: {'; '.join(k[2] for k in keys)}")
-    group = groups[keys[0]]
-    if seed and int(seed) not in group: raise unknown("seed", seed, map(str, group))
-    return {int(seed): group[int(seed)]} if seed else group
-
-def _executed(path):  # papermill writes into a notebook which one it ran, and what it was given
-    try:
-        ran = json.loads(path.read_text("utf-8"))["metadata"]["papermill"]
-        name, values = Path(ran["input_path"]).stem, ran["parameters"]
-    except (ValueError, LookupError, TypeError):
-        raise ValueError(f"{path} is no executed notebook") from None
-    every = plan_run(name, None, values)[2]
-    places = [None, lessons_folder() / every.get("results", "")]
-    found = [card for place in places for card in load_cards(name, place, like=every)]
-    if not found: raise ValueError(f"{path} has no run card")
-    return {found[-1]["seed"]: found[-1]}
-
-# %% ../nbs/05_runs.ipynb #e23cf3d1
-def _difference(values):  # their mean and its 95 % interval
-    from scipy.stats import t
-    mean, n, half = fmean(values), len(values), None
-    if n > 1: half = float(t.ppf(0.975, n - 1)) * stdev(values) / math.sqrt(n)
-    return {"mean": mean, "low": half and mean - half, "high": half and mean + half, "n": n}
-
-def compare_runs(
-    first: str, second: str,  # such as "10_kd:mnist", "kd:mnist:0", "runs/10_kd.jsonl:mnist", "out.ipynb"
-) -> dict:  # of "metrics" second minus first, paired by seeds; of accuracies in percentage points
-    "The \"parameters\" that differ, (first, second); the \"seeds\" of each; \"metrics\": mean differences."
-    def setting(card):
-        values = _protocol(_defaults(card["notebook"]) | card["parameters"])
-        data = card["dataset"].get("sha256")
-        return {"lesson": card["notebook"], **values, "data sha256": data, "device": card["device"]}
-    ours, theirs = _recorded(first), _recorded(second)
-    one, other = (setting(max(cards.values(), key=lambda c: c["started"])) for cards in (ours, theirs))
-    pairs = [(ours[seed]["metrics"], theirs[seed]["metrics"]) for seed in sorted(ours.keys() & theirs.keys())]
-    found = {}
-    for a, b in pairs:
-        for name in (n for n in a if n in b and n[0] != "_"):
-            found.setdefault(name, []).append((b[name] - a[name]) * (100 if _is_accuracy(name) else 1))
-    return {"parameters": {k: (one.get(k), other.get(k)) for k in one | other if one.get(k) != other.get(k)},
-            "seeds": (sorted(ours), sorted(theirs)),
-            "metrics": {name: _difference(values) for name, values in found.items()}}

@@ -15,11 +15,10 @@ from pathlib import Path
 import pytest
 
 from kdnb import __version__ as version
-from kdnb.runner import _output_name, _parser, main, run_notebook, sweep
+from kdnb.runner import _output_name, _parser, compare_runs, main, plot_results, run_notebook, sweep
 from kdnb.runs import (
     Lesson,
     _numbers,
-    compare_runs,
     load_cards,
     plan_run,
     protocol_name,
@@ -969,9 +968,9 @@ def test_parts_of_a_table(toy):
 def test_plot(toy, kind):
     paper = {"default": {"source": "Somebody", "small | accuracy": 80.5, "huge | accuracy": 95.0}}
     cards = [grid_card(0), grid_card(1), grid_card(2, steps=9)]
-    results_table("90_toy", cards, paper=paper).plot(toy / f"a.{kind}")
+    plot_results(results_table("90_toy", cards, paper=paper), toy / f"a.{kind}")
     data = (toy / f"a.{kind}").read_bytes()
-    assert b"90_toy: accuracy" in data and b"huge (paper 95.00)" in data and len(data) < 200_000
+    assert b"90_toy: accuracy" in data and b"huge None, std None, paper 95.0" in data and len(data) < 200_000
     assert not list(toy.glob("*.part"))
 
 
