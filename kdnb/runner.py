@@ -58,7 +58,7 @@ def _planned(name, preset, parameters, folder):  # what `plan_run` says, and the
         values["results"] = every["results"] = str(Path(folder).absolute())
     return name, values, every, out
 
-# %% ../nbs/06_runner.ipynb #337d96d2
+# %% ../nbs/06_runner.ipynb #50a29549
 def _check_output(output):  # its absolute path; never that of a lesson, not even through a link
     output = Path(output).absolute()
     check_folder(output.parent, "the output's place")
@@ -214,7 +214,7 @@ def _hear():  # TERM and HUP end a command as Ctrl-C does, and so does the end o
     if os.environ.pop("KDNB_LIFELINE", None): threading.Thread(target=watch, daemon=True).start()
     return heard
 
-# %% ../nbs/06_runner.ipynb #bf609625
+# %% ../nbs/06_runner.ipynb #ff4c338f
 def _figure(rows, title, unit):
     from matplotlib.figure import Figure
     figure = Figure(figsize=(9, 1.8 + 0.3 * len(rows)), layout="constrained")
@@ -232,7 +232,7 @@ def _figure(rows, title, unit):
     figure.legend(loc="outside lower left")
     return figure
 
-# %% ../nbs/06_runner.ipynb #b5eb97fe
+# %% ../nbs/06_runner.ipynb #7129fbb6
 def plot_results(table: ResultsTable, path: str | Path) -> None:  # .svg or .png
     "Mean, standard deviation and the paper's number by row, of the first column; what has its unit only."
     kind, rows = Path(path).suffix, table.rows
@@ -245,7 +245,7 @@ def plot_results(table: ResultsTable, path: str | Path) -> None:  # .svg or .png
     figure, about = _figure(rows, title, unit), {"Title": title, "Description": f"{unit}: {said}"}
     write_whole(path, lambda part: figure.savefig(part, format=kind[1:], dpi=150, metadata=about))
 
-# %% ../nbs/06_runner.ipynb #ec573474
+# %% ../nbs/06_runner.ipynb #4a2bb9a6
 def _recorded(words):  # a run in words -> {seed: card} of one protocol
     found = re.fullmatch(r"(.+?\.jsonl|.+\.ipynb|[^:]+)(?::(.+?))?(?::(-?\d+))?", words)
     if not found: raise ValueError(f"a run reads LESSON:PRESET:SEED or is a file, got {shown(words)}")
@@ -264,7 +264,7 @@ def _recorded(words):  # a run in words -> {seed: card} of one protocol
     if seed and int(seed) not in group: raise unknown("seed", seed, map(str, group))
     return {int(seed): group[int(seed)]} if seed else group
 
-# %% ../nbs/06_runner.ipynb #5d3ce87a
+# %% ../nbs/06_runner.ipynb #614c5606
 def _executed(path):  # papermill writes into a notebook which one it ran, and what it was given
     try:
         ran = json.loads(path.read_text("utf-8"))["metadata"]["papermill"]
@@ -277,7 +277,7 @@ def _executed(path):  # papermill writes into a notebook which one it ran, and w
     if not found: raise ValueError(f"{path} has no run card")
     return {found[-1]["seed"]: found[-1]}
 
-# %% ../nbs/06_runner.ipynb #0795695d
+# %% ../nbs/06_runner.ipynb #a8150394
 def _difference(values):  # their mean and its 95 % interval
     from scipy.stats import t
     mean, n, half = fmean(values), len(values), None
@@ -294,7 +294,7 @@ def _changes(one, other):  # of two cards: name -> (first, second)
     said = zip(("lesson", "data sha256", "hardware"), *about, strict=True)
     return {k: (x, y) for k, x, y in said if x != y} | found
 
-# %% ../nbs/06_runner.ipynb #8d0111c8
+# %% ../nbs/06_runner.ipynb #4b408279
 def compare_runs(
     first: str, second: str,  # such as "10_kd:mnist", "kd:mnist:0", "runs/10_kd.jsonl:mnist", "out.ipynb"
 ) -> dict:  # of "metrics" second minus first, paired by seeds; of accuracies in percentage points
@@ -308,7 +308,7 @@ def compare_runs(
     return {"parameters": _changes(one, other), "seeds": (sorted(ours), sorted(theirs)),
             "metrics": {name: _difference(gains) for name, gains in found.items()}}
 
-# %% ../nbs/06_runner.ipynb #2fe29ac6
+# %% ../nbs/06_runner.ipynb #9a7d987a
 def _compared(first, second):
     from tabulate import tabulate
     found = compare_runs(first, second)
