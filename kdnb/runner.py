@@ -51,8 +51,15 @@ def _output_name(name, every):  # 10_kd.PRESET.what-differs.seed0.ipynb
         short = f"{short[:60]}.{key}"  # what the words leave open, the short hash decides
     return f"{short}.seed{every.get('seed', 0)}.ipynb"
 
+def _from_here(name, value):  # what a user brings and takes is named from the folder of the command
+    kind, path = re.fullmatch(r"(folder:)?(.*)", value, re.S).groups() if isinstance(value, str) else ("", "")
+    brought = path and name in ("teacher_weights", "save")
+    near = kind and name == "data" and re.match(r"~|\.\.?([/\\]|$)", path)
+    return f"{kind or ''}{Path(path).expanduser().absolute()}" if brought or near else value
+
 def _planned(name, preset, parameters, folder):  # what `plan_run` says, and the output's name
-    name, values, every = plan_run(name, preset, parameters)
+    found = {key: _from_here(key, value) for key, value in (parameters or {}).items()}
+    name, values, every = plan_run(name, preset, found)
     out = _output_name(name, every)
     if every.get("results") == "":  # it would keep no card
         values["results"] = every["results"] = str(Path(folder).absolute())
