@@ -125,7 +125,8 @@ class Spy(nn.Module):
 @pytest.mark.parametrize("sees", ["clean", "adversarial"])
 def test_what_the_teacher_sees(sees, inner):
     x, y = batch()
-    method = ARD(digits_net(), Spy(digits_net(seed=1)), attack=ATTACK, teacher_sees=sees, inner=inner, alpha=0.5)
+    choices = dict(attack=ATTACK, teacher_sees=sees, inner=inner, alpha=0.5)
+    method = ARD(digits_net(), Spy(digits_net(seed=1)), **choices)
     spy = method.teacher
     before = copy.deepcopy(spy.net.state_dict())
     method.step(x, y)
