@@ -61,7 +61,7 @@ def attention_map(
     top = maps.detach().abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-30)   # a faint map counts as well
     return F.normalize((maps / top).abs().pow(power).mean(1).flatten(1), dim=1)
 
-# %% ../nbs/11_features.ipynb #0bff4dbe
+# %% ../nbs/11_features.ipynb #2f788ee4
 def to_smallest(
     *maps: Tensor,                             # each (B, any channels, any height, any width)
     pool: Callable = F.adaptive_avg_pool2d,    # (maps, (height, width)) -> maps of that size
@@ -125,7 +125,7 @@ def fsp_loss(
         total = total + F.mse_loss(ours, theirs)
     return total / (len(pairs) - 1)
 
-# %% ../nbs/11_features.ipynb #9e329f46
+# %% ../nbs/11_features.ipynb #40922353
 def match_layers(
     student: nn.Module,       # any, left as it is
     teacher: nn.Module,       # the same
@@ -147,7 +147,7 @@ def match_layers(
             raise ValueError(f"{error}; paired were {tried}; to choose from, {choice}") from None
     return pairs
 
-# %% ../nbs/11_features.ipynb #6696eb5f
+# %% ../nbs/11_features.ipynb #2d79a59e
 def stages_in_words(model: nn.Module, x: Tensor) -> str:  # "stage1 16 x 32 x 32, stage2 32 x 16 x 16"
     "In words: a network's natural stages, with channels, height and width."
     try: return ", ".join(_sizes(features(model, x)[1]))
@@ -205,11 +205,7 @@ class FeatureKD:
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         "One update on x (B, C, H, W) in [0, 1], y (B,): (1 - alpha) hard + alpha soft + beta transfer."
-        try: return _feature_kd_step(self, x, y)
-        except ValueError:     # if it is because of the maps, then in more words
-            nets = (self.student, self.teacher)
-            if self.weights["transfer"]: match_layers(*nets, x, *self.layers, self.transfer)
-            raise
+        return _feature_kd_step(self, x, y)
 
     def end_epoch(self, epoch: int) -> None:
         "Between the two stages forget the momentum."
@@ -227,10 +223,16 @@ def _feature_kd_step(method, x, y):  # a part of weight 0 gives no gradient; sof
     logits, ours = answer(method.student, method.layers[0])
     parts = {"hard": F.cross_entropy(logits, y)}
     parts["soft"] = method.soft(logits, teacher_logits) if weights["soft"] else logits.new_zeros(())
-    parts["transfer"] = method.transfer(*_last(ours, theirs)) if weights["transfer"] else logits.new_zeros(())
+    parts["transfer"] = _compared(method, x, ours, theirs) if weights["transfer"] else logits.new_zeros(())
     loss = sum(weights[name] * parts[name] for name in parts if weights[name])
     update(method.optimizer, loss, method.clip)
     return {name: value.detach() for name, value in ({"loss": loss} | parts).items()}
+
+def _compared(method, x, ours, theirs):
+    try: return method.transfer(*_last(ours, theirs))
+    except ValueError:     # to be said in more words
+        match_layers(method.student, method.teacher, x, *method.layers, method.transfer)
+        raise
 
 # %% ../nbs/11_features.ipynb #729323c9
 class _Hint(nn.Module):
