@@ -34,6 +34,7 @@ from kdnb.runs import (
     plan_run,
     protocol_name,
     results_table,
+    save_card,
 )
 
 # %% ../nbs/06_runner.ipynb #e04d1c62
@@ -132,28 +133,27 @@ def run_notebook(
 def sweep(
     name: str, grid: dict, *,  # "10_kd" or "kd"; parameter -> list of values, all combinations are run
     preset: str | None = None, parameters: dict | None = None, jobs: int = 1,  # runs at the same time
+    ray: str | None = None,  # run them on Ray: the address of a cluster; "" makes one of this machine
+    cpus: float = 1, gpus: float = 0,  # with Ray: a run's share of them, such as 0.25; whole above 1
     folder: str | Path = "runs", log=print,  # for executed notebooks; for cards if the lesson would keep none
 ) -> dict:  # name of the executed notebook -> "done", "skipped" or "failed: why"
     "Run a grid; skip what is recorded, go on past a failed run. Bad input is refused before the first run."
-    check_numbers("whole >= 1", jobs=jobs)
+    _check_shares(ray, jobs, cpus, gpus)
     if not grid or not all(grid.values()):
         raise ValueError(f"a sweep needs values to combine, got {shown(grid)}")
-    points, report = _points(name, grid, preset, parameters, folder)
-    with ThreadPoolExecutor(jobs) as pool, _lifeline() as line:
-        def check(out): return _check_setup(points[out][0], points[out][1], _run_folder())
-        list(pool.map(check, [out for out, point in points.items() if not point[2]]))
-        threads = str(max(1, (os.cpu_count() or 1) // jobs))
-        env = {"OMP_NUM_THREADS": threads, **os.environ, "KDNB_LIFELINE": "1"}
-        def run(out):
-            full, values, recorded = points[out]
-            words = ["run", full, "--experiment", "-o", str(Path(folder) / out)]
-            words += [word for k, v in values.items() for word in ("-p", k, str(v))]
-            report[out] = "skipped" if recorded else _run_apart(words, line, env)
-            log(f"{out}: {report[out]}")
-        list(pool.map(run, points))
-    return {out: report[out] for out in points}
+    points = _points(name, grid, preset, parameters, folder)
+    report = {out: "skipped" if point[2] else "" for out, point in points.items()}
+    todo = {out: point for out, point in points.items() if not point[2]}
+    def tell(out, state):
+        report[out] = state
+        log(f"{out}: {state}")
+    for out in points:
+        if out not in todo: tell(out, "skipped")
+    if ray is None: _run_here(todo, folder, jobs, tell)
+    elif todo: _run_on_ray(todo, folder, ray, {"CPU": cpus, "GPU": gpus}, tell)
+    return report
 
-def _points(name, grid, preset, parameters, folder):  # output -> (full name, values, whether it is recorded)
+def _points(name, grid, preset, parameters, folder):  # output -> full name, values, recorded?, results
     points, keys = {}, {}
     for point in product(*grid.values()):
         point = dict(zip(grid, point, strict=True))
@@ -164,8 +164,30 @@ def _points(name, grid, preset, parameters, folder):  # output -> (full name, va
         if out in points or key in keys:
             raise ValueError(f"the grid holds one run twice: {shown(keys.get(key, out))} and {shown(point)}")
         cards = load_cards(full, _run_folder() / every.get("results", folder), like=every)
-        points[out], keys[key] = (full, values, bool(cards)), point
-    return points, {}
+        points[out], keys[key] = (full, values, bool(cards), every.get("results")), point
+    return points
+
+# %% ../nbs/06_runner.ipynb #2d38262e
+def _check_shares(ray, jobs, cpus, gpus):
+    check_numbers("whole >= 1", jobs=jobs)
+    check_numbers("> 0", cpus=cpus)
+    check_numbers(">= 0", gpus=gpus)
+    check_numbers("whole >= 1", **{k: v for k, v in {"cpus": cpus, "gpus": gpus}.items() if v > 1})
+    if ray is None and (cpus, gpus) != (1, 0):
+        raise ValueError(f"cpus and gpus are a run's shares on Ray: pass ray too, got {cpus} and {gpus}")
+    if ray is not None and jobs > 1:
+        raise ValueError(f"on Ray, cpus and gpus decide how many run at once; jobs must be 1, got {jobs}")
+
+def _run_here(points, folder, jobs, tell):
+    with ThreadPoolExecutor(jobs) as pool, _lifeline() as line:
+        def check(point): return _check_setup(point[0], point[1], _run_folder())
+        list(pool.map(check, points.values()))
+        threads = str(max(1, (os.cpu_count() or 1) // jobs))
+        env = {"OMP_NUM_THREADS": threads, **os.environ}
+        def run(out):
+            full, values = points[out][:2]
+            tell(out, _run_apart(full, values, Path(folder) / out, line, env))
+        list(pool.map(run, points))
 
 # %% ../nbs/06_runner.ipynb #125c9758
 @contextmanager
@@ -180,10 +202,11 @@ def _lifeline():  # a pipe's end to read from; the other one closes with the blo
     finally:
         for end in [read, *held]: os.close(end)
 
-def _run_apart(words, line, env):  # the `kdnb` command in a process of its own -> "done" or "failed: why"
-    command = [sys.executable, "-m", "kdnb.runner", *words]
-    done = subprocess.run(command, stdin=line, capture_output=True, text=True, env=env,
-                          start_new_session=True)
+def _run_apart(name, values, output, line, env):  # `kdnb run` in a process -> "done" or "failed: why"
+    command = [sys.executable, "-m", "kdnb.runner", "run", name, "--experiment", "-o", str(output)]
+    command += [word for k, v in values.items() for word in ("-p", k, str(v))]
+    done = subprocess.run(command, stdin=line, capture_output=True, text=True, start_new_session=True,
+                          env=env | {"KDNB_LIFELINE": "1"})
     said = (done.stderr.strip() or "no message").splitlines()[-1].removeprefix("kdnb: ")
     return f"failed: {said}" if done.returncode else "done"
 
@@ -201,6 +224,88 @@ def _hear():  # TERM and HUP end a command as Ctrl-C does, and so does the end o
     for name in heard: signal.signal(name, stop)
     if os.environ.pop("KDNB_LIFELINE", None): threading.Thread(target=watch, daemon=True).start()
     return heard
+
+# %% ../nbs/06_runner.ipynb #ed146a6c
+_ANSWER = 30  # seconds that a cluster has to answer
+
+def _check_answer(address):  # in a process that can be ended: Ray itself waits for minutes, or aborts
+    code = "import ray, sys; ray.init(sys.argv[1], log_to_driver=False)"
+    command = [sys.executable, "-c", code, address]
+    try: done = subprocess.run(command, timeout=_ANSWER, capture_output=True, text=True)
+    except subprocess.TimeoutExpired: why = f"nothing in {_ANSWER} s"
+    else:
+        if not done.returncode: return
+        why = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+    raise ValueError(f"no Ray cluster answers at {shown(address)}: {why}")
+
+@contextmanager
+def _cluster(address, shares):  # Ray, connected; `shares`: what one machine at least must have
+    if not find_spec("ray"): raise ImportError('sweeps on Ray need ray: pip install "kdnb[ray]"')
+    if address: _check_answer(address)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning; see `_run_on_ray`
+    import ray
+    if ray.is_initialized(): raise ValueError("Ray is connected already: call ray.shutdown() first")
+    heard, main = signal.getsignal(signal.SIGTERM), threading.current_thread() is threading.main_thread()
+    kinds = {} if address else {"include_dashboard": False}
+    try:
+        ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **kinds)
+        if main: signal.signal(signal.SIGTERM, heard)  # Ray had put in its own
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(all(m.get(k, 0) >= v for k, v in shares.items()) for m in machines):
+            raise ValueError("no machine of the cluster has {CPU:g} CPUs and {GPU:g} GPUs".format(**shares))
+        yield ray
+    finally: ray.shutdown()
+
+# %% ../nbs/06_runner.ipynb #7787ceed
+def _there(env, act, *inputs):  # a task: `act`, in the caller's environment
+    os.environ.update(env)
+    return act(*inputs)
+
+def _check_there(name, values): return _check_setup(name, values, _run_folder())
+
+def _run_there(name, values, out, folder):  # -> "done" or "failed: why", cards, files; of it nothing is left
+    with tempfile.TemporaryDirectory() as place, _lifeline() as line:
+        cards = Path(place, "cards", Path(values.get("results", "")).name)
+        if "results" in values: values = values | {"results": str(cards)}
+        state = _run_apart(name, values, Path(place, out), line, dict(os.environ))
+        files = {path.name: path.read_bytes() for path in Path(place).glob("*.ipynb")}
+        return state.replace(os.path.relpath(place), folder), load_cards(name, cards), files
+
+def _keep(output, cards, files, results):  # what a run made, in the caller's folders
+    for card in cards: save_card(card, results)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        part = output.with_suffix(".part.ipynb")
+        part.write_bytes(content)
+        part.replace(output.with_name(name))
+    if output.name in files: output.with_suffix(".failed.ipynb").unlink(missing_ok=True)
+
+# %% ../nbs/06_runner.ipynb #d1459b16
+def _run_on_ray(points, folder, address, shares, tell):
+    outputs = {out: _check_output(Path(folder) / out) for out in points}
+    env = {k: os.path.abspath(os.environ[k]) for k in ("KDNB_NOTEBOOKS", "KDNB_DATA") if os.environ.get(k)}
+    if not shares["GPU"]: env["CUDA_VISIBLE_DEVICES"] = ""
+    with _cluster(address, shares) as ray:
+        task = ray.remote(num_cpus=shares["CPU"], num_gpus=shares["GPU"], max_retries=2)(_there)
+        try: ray.get([task.remote(env, _check_there, *point[:2]) for point in points.values()])
+        except ray.exceptions.RayTaskError as error: raise error.cause from None
+        waiting = {}
+        for out, (full, values, _, results) in points.items():
+            if results is not None: values = values | {"results": results}
+            waiting[task.remote(env, _run_there, full, values, out, os.path.relpath(folder))] = out
+        try:
+            while waiting:
+                (ready,), _ = ray.wait([*waiting])
+                out = waiting.pop(ready)
+                try:
+                    state, cards, files = ray.get(ready)
+                    _keep(outputs[out], cards, files, _run_folder() / (points[out][3] or ""))
+                except (ray.exceptions.RayError, OSError) as error:
+                    state = f"failed: {' '.join(str(getattr(error, 'cause', None) or error).split())}"
+                tell(out, state)
+        finally:
+            for left in waiting: ray.cancel(left, force=True)
 
 # %% ../nbs/06_runner.ipynb #5382f867
 def copy_notebooks(folder: str | Path, force: bool = False) -> list:  # force: replace files -> the new paths
@@ -270,6 +375,10 @@ def _parser():
     grid.add_argument("-g", dest="grid", action="append", required=True, metavar="NAME=V1,V2",
                       help="values of a parameter; all combinations of repeated -g are run")
     grid.add_argument("-j", dest="jobs", type=int, default=1, help="runs at the same time")
+    grid.add_argument("--ray", nargs="?", const="", metavar="ADDRESS",
+                      help="run on a Ray cluster; without an address on one made of this machine")
+    for option, default in {"cpus": 1, "gpus": 0}.items():
+        grid.add_argument(f"--{option}", type=float, default=default, help=f"a run's {option}, such as 0.25")
     copy.add_argument("folder", help="is made if need be")
     copy.add_argument("--force", action="store_true", help="replace files that are there")
     return top
@@ -299,7 +408,8 @@ def _command(args):  # -> exit code
             print(f"\n{table}\n\nthe executed notebook: {os.path.relpath(out)}")
         else:
             grid = {k: [read(k, v) for v in values.split(",")] for k, values in pairs}
-            report = sweep(args.name, grid, jobs=args.jobs, **common)
+            shares = {"ray": args.ray, "cpus": args.cpus, "gpus": args.gpus}
+            report = sweep(args.name, grid, jobs=args.jobs, **shares, **common)
             return int(any(state.startswith("failed") for state in report.values()))
     return 0
 
