@@ -266,6 +266,19 @@ def _same_everywhere(modules: Iterable[nn.Module]) -> None:
         for module in modules:
             for tensor in module.state_dict().values(): dist.broadcast(tensor, 0)
 
+# %% ../nbs/03_training.ipynb #8cc86ea1
+def _share_statistics(module, undo) -> None:
+    "BatchNorm in training takes the mean and variance of all processes' images; taken back by `undo`."
+    for m in module.modules():
+        if type(m) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            undo.callback(vars(m).pop, "process_group")
+            undo.callback(setattr, m, "__class__", type(m))
+            m.process_group = None    # all of them
+            m.__class__ = nn.SyncBatchNorm
+
+def _check_sync(device) -> None:
+    if device.type != "cuda": raise ValueError(f"sync_batchnorm needs a GPU for each process, got {device}")
+
 # %% ../nbs/03_training.ipynb #10f82cd0
 @dataclass
 class _Asked:
@@ -287,6 +300,7 @@ class _Asked:
     max_steps: int = 0                   # > 0: stop after so many steps in all (a trial run)
     trackers: Iterable[Callable[[dict], object]] = ()   # each is called with every row
     progress: str = "auto"               # "auto", "bar", "notebook", "lines", "off"
+    sync_batchnorm: bool = False         # several processes, each with a GPU: BatchNorm sees the whole batch
 
 # %% ../nbs/03_training.ipynb #0e8ec9f1
 @dataclass
@@ -317,6 +331,7 @@ class _Planned(_State):
             raise ValueError(f"the student's weights are {self.dtype}; train student.float()")
         self.device = pick_device(str(self.device)) if self.device else home
         _join_processes(self.device)
+        if self.sync_batchnorm and world() > 1: _check_sync(self.device)
         if self.batches is None: self.epochs = -(-self.steps // self.epoch_steps)
         else: self.epoch_steps = self._count_batches()
         self.stop = min(filter(None, (self.steps, self.max_steps)), default=math.inf)
@@ -370,6 +385,7 @@ class _Placed(_Planned):
             module.to(self.device)
             if any(isinstance(m, nn.Conv2d) for m in module.modules()):
                 module.to(memory_format=torch.channels_last)
+            if self.sync_batchnorm and world() > 1: _share_statistics(module, undo)
             if self.compile:
                 module.compile()
                 undo.callback(setattr, module, "_compiled_call_impl", None)
@@ -551,7 +567,13 @@ def fit(method, batches: Iterable | None = None, **options) -> History:
     short has its row, validation and tracker call, but its schedules stay and it has no `end_epoch`. An error
     that stops the run, Ctrl-C too, carries the rows so far as `error.history`. A `DataLoader` resumed in
     mid-epoch draws its order again from the states, at the epoch's start, of the global streams and its
-    `generator`; streams that a data set hides are not known."""
+    `generator`; streams that a data set hides are not known.
+
+    Several processes (torchrun) train as one on the same `Batches`, up to the order of sums, but for this:
+    BatchNorm sees a process's own images, and validation the first one's statistics, unless `sync_batchnorm`;
+    every process draws its own dropout, noise and random starts of attacks; what a method picks among the
+    images, as BSS does, it picks within each process, and a mean over those is a mean of the processes'
+    means. With `sync_batchnorm` all must run a network in training mode equally often."""
     with ExitStack() as undo:
         undo.callback(restore_random, None, random_states(None))
         run = _Run(method, batches, **options)
