@@ -167,7 +167,7 @@ def _points(name, grid, preset, parameters, folder):  # output -> full name, val
         points[out], keys[key] = (full, values, bool(cards), every.get("results")), point
     return points
 
-# %% ../nbs/06_runner.ipynb #2d38262e
+# %% ../nbs/06_runner.ipynb #4b843d8a
 def _check_shares(ray, jobs, cpus, gpus):
     check_numbers("whole >= 1", jobs=jobs)
     check_numbers("> 0", cpus=cpus)
@@ -225,7 +225,7 @@ def _hear():  # TERM and HUP end a command as Ctrl-C does, and so does the end o
     if os.environ.pop("KDNB_LIFELINE", None): threading.Thread(target=watch, daemon=True).start()
     return heard
 
-# %% ../nbs/06_runner.ipynb #ed146a6c
+# %% ../nbs/06_runner.ipynb #b2ccdf0a
 _ANSWER = 30  # seconds that a cluster has to answer
 
 def _check_answer(address):  # in a process that can be ended: Ray itself waits for minutes, or aborts
@@ -236,7 +236,7 @@ def _check_answer(address):  # in a process that can be ended: Ray itself waits 
     else:
         if not done.returncode: return
         why = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-    raise ValueError(f"no Ray cluster answers at {shown(address)}: {why}")
+    raise ValueError(f"no Ray cluster answers at {shown(address)}: {why}; does it want RAY_AUTH_MODE=token?")
 
 @contextmanager
 def _cluster(address, shares):  # Ray, connected; `shares`: what one machine at least must have
@@ -257,7 +257,7 @@ def _cluster(address, shares):  # Ray, connected; `shares`: what one machine at 
         yield ray
     finally: ray.shutdown()
 
-# %% ../nbs/06_runner.ipynb #7787ceed
+# %% ../nbs/06_runner.ipynb #ac16a07d
 def _there(env, act, *inputs):  # a task: `act`, in the caller's environment
     os.environ.update(env)
     return act(*inputs)
@@ -281,7 +281,7 @@ def _keep(output, cards, files, results):  # what a run made, in the caller's fo
         part.replace(output.with_name(name))
     if output.name in files: output.with_suffix(".failed.ipynb").unlink(missing_ok=True)
 
-# %% ../nbs/06_runner.ipynb #d1459b16
+# %% ../nbs/06_runner.ipynb #79a7ea7a
 def _run_on_ray(points, folder, address, shares, tell):
     outputs = {out: _check_output(Path(folder) / out) for out in points}
     env = {k: os.path.abspath(os.environ[k]) for k in ("KDNB_NOTEBOOKS", "KDNB_DATA") if os.environ.get(k)}

@@ -1,8 +1,8 @@
 """What test_training trains in one process and, under torchrun, in two: `two_processes.py WEIGHTS.pt`.
 
-In float64: attacks follow signs, and rounding turns the sign of a slope that is nearly 0. No process draws for
-itself: attacks start at fixed points, BSS takes the likeliest class, ABM's noise is shared out. What cannot
-agree: random starts, sampled classes, noise, dropout; and BSS's choice among images, where it has one."""
+In float64: attacks follow signs, and rounding turns the sign of a slope that is nearly 0. No process draws
+for itself: attacks start at fixed points, BSS takes the likeliest class, ABM's noise is shared out. What
+cannot agree: random starts, sampled classes, noise, dropout; BSS's choice among images, where it has one."""
 
 import os
 import sys
