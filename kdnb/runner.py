@@ -167,7 +167,7 @@ def _points(name, grid, preset, parameters, folder):  # output -> full name, val
         points[out], keys[key] = (full, values, bool(cards), every.get("results")), point
     return points
 
-# %% ../nbs/06_runner.ipynb #4b843d8a
+# %% ../nbs/06_runner.ipynb #bde5ca0e
 def _check_shares(ray, jobs, cpus, gpus):
     check_numbers("whole >= 1", jobs=jobs)
     check_numbers("> 0", cpus=cpus)
@@ -178,6 +178,7 @@ def _check_shares(ray, jobs, cpus, gpus):
     if ray is not None and jobs > 1:
         raise ValueError(f"on Ray, cpus and gpus decide how many run at once; jobs must be 1, got {jobs}")
 
+# %% ../nbs/06_runner.ipynb #39918bbc
 def _run_here(points, folder, jobs, tell):
     with ThreadPoolExecutor(jobs) as pool, _lifeline() as line:
         def check(point): return _check_setup(point[0], point[1], _run_folder())
@@ -225,7 +226,7 @@ def _hear():  # TERM and HUP end a command as Ctrl-C does, and so does the end o
     if os.environ.pop("KDNB_LIFELINE", None): threading.Thread(target=watch, daemon=True).start()
     return heard
 
-# %% ../nbs/06_runner.ipynb #b2ccdf0a
+# %% ../nbs/06_runner.ipynb #0d00851f
 _ANSWER = 30  # seconds that a cluster has to answer
 
 def _check_answer(address):  # in a process that can be ended: Ray itself waits for minutes, or aborts
@@ -238,6 +239,7 @@ def _check_answer(address):  # in a process that can be ended: Ray itself waits 
         why = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
     raise ValueError(f"no Ray cluster answers at {shown(address)}: {why}; does it want RAY_AUTH_MODE=token?")
 
+# %% ../nbs/06_runner.ipynb #bdc567c2
 @contextmanager
 def _cluster(address, shares):  # Ray, connected; `shares`: what one machine at least must have
     if not find_spec("ray"): raise ImportError('sweeps on Ray need ray: pip install "kdnb[ray]"')
@@ -257,7 +259,7 @@ def _cluster(address, shares):  # Ray, connected; `shares`: what one machine at 
         yield ray
     finally: ray.shutdown()
 
-# %% ../nbs/06_runner.ipynb #ac16a07d
+# %% ../nbs/06_runner.ipynb #8eba49f2
 def _there(env, act, *inputs):  # a task: `act`, in the caller's environment
     os.environ.update(env)
     return act(*inputs)
@@ -272,6 +274,7 @@ def _run_there(name, values, out, folder):  # -> "done" or "failed: why", cards,
         files = {path.name: path.read_bytes() for path in Path(place).glob("*.ipynb")}
         return state.replace(os.path.relpath(place), folder), load_cards(name, cards), files
 
+# %% ../nbs/06_runner.ipynb #210c1028
 def _keep(output, cards, files, results):  # what a run made, in the caller's folders
     for card in cards: save_card(card, results)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -281,7 +284,7 @@ def _keep(output, cards, files, results):  # what a run made, in the caller's fo
         part.replace(output.with_name(name))
     if output.name in files: output.with_suffix(".failed.ipynb").unlink(missing_ok=True)
 
-# %% ../nbs/06_runner.ipynb #79a7ea7a
+# %% ../nbs/06_runner.ipynb #f4550b59
 def _run_on_ray(points, folder, address, shares, tell):
     outputs = {out: _check_output(Path(folder) / out) for out in points}
     env = {k: os.path.abspath(os.environ[k]) for k in ("KDNB_NOTEBOOKS", "KDNB_DATA") if os.environ.get(k)}

@@ -266,18 +266,15 @@ def _same_everywhere(modules: Iterable[nn.Module]) -> None:
         for module in modules:
             for tensor in module.state_dict().values(): dist.broadcast(tensor, 0)
 
-# %% ../nbs/03_training.ipynb #8cc86ea1
-def _share_statistics(module, undo) -> None:
-    "BatchNorm in training takes the mean and variance of all processes' images; taken back by `undo`."
-    for m in module.modules():
-        if type(m) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-            undo.callback(vars(m).pop, "process_group")
-            undo.callback(setattr, m, "__class__", type(m))
-            m.process_group = None    # all of them
-            m.__class__ = nn.SyncBatchNorm
+# %% ../nbs/03_training.ipynb #18c3f043
+class _Synced(nn.SyncBatchNorm): process_group = None    # that of all
 
-def _check_sync(device) -> None:
-    if device.type != "cuda": raise ValueError(f"sync_batchnorm needs a GPU for each process, got {device}")
+def _share_statistics(run, modules, undo) -> None:
+    "BatchNorm in training takes the mean and variance of all processes' images; taken back by `undo`."
+    if run.device.type != "cuda": raise ValueError(f"sync_batchnorm needs GPUs, got {run.device}")
+    for m in (m for module in modules for m in module.modules() if isinstance(m, _BatchNorm)):
+        undo.callback(setattr, m, "__class__", type(m))
+        m.__class__ = _Synced
 
 # %% ../nbs/03_training.ipynb #10f82cd0
 @dataclass
@@ -331,7 +328,6 @@ class _Planned(_State):
             raise ValueError(f"the student's weights are {self.dtype}; train student.float()")
         self.device = pick_device(str(self.device)) if self.device else home
         _join_processes(self.device)
-        if self.sync_batchnorm and world() > 1: _check_sync(self.device)
         if self.batches is None: self.epochs = -(-self.steps // self.epoch_steps)
         else: self.epoch_steps = self._count_batches()
         self.stop = min(filter(None, (self.steps, self.max_steps)), default=math.inf)
@@ -385,7 +381,6 @@ class _Placed(_Planned):
             module.to(self.device)
             if any(isinstance(m, nn.Conv2d) for m in module.modules()):
                 module.to(memory_format=torch.channels_last)
-            if self.sync_batchnorm and world() > 1: _share_statistics(module, undo)
             if self.compile:
                 module.compile()
                 undo.callback(setattr, module, "_compiled_call_impl", None)
@@ -578,6 +573,7 @@ def fit(method, batches: Iterable | None = None, **options) -> History:
         undo.callback(restore_random, None, random_states(None))
         run = _Run(method, batches, **options)
         modules = run._prepare(undo)
+        if run.sync_batchnorm and world() > 1: _share_statistics(run, modules, undo)
         keeper = Checkpoint(run)
         keeper.load()
         _same_everywhere(modules)

@@ -7,6 +7,7 @@ cannot agree: random starts, sampled classes, noise, dropout; BSS's choice among
 import os
 import sys
 from functools import partial
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -62,6 +63,10 @@ class Synced(nn.BatchNorm2d):
                 self.running_var.lerp_(var * count / (count - 1), self.momentum)
         scale = self.weight / (var + self.eps).sqrt()
         return x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
+
+
+def as_on_gpus(run, *inputs, share=training._share_statistics):
+    share(SimpleNamespace(device=torch.device("cuda")), *inputs)
 
 
 class Noise(nn.Module):
@@ -163,7 +168,7 @@ def train(name, checkpoint=None):
     plan = dict(progress="lines", device="cpu", sync_batchnorm=norm, checkpoint=checkpoint)
     if name == "ABM": plan |= dict(steps=3, epoch_steps=3)
     else: plan |= dict(batches=Batches(pictures(), 16, seed=0), epochs=1)
-    with patch.object(nn, "SyncBatchNorm", Synced), patch.object(training, "_check_sync", id):
+    with patch.multiple(training, _Synced=Synced, _share_statistics=as_on_gpus):
         if checkpoint: fit(METHODS[name](), max_steps=2, **plan)    # interrupted, and resumed by another one
         fit(method := METHODS[name](), **plan)
     networks = [part for part in stateful(method).values() if isinstance(part, nn.Module)]
