@@ -112,7 +112,7 @@ class ARD:
         self.inner, self.teacher_sees, self.clean_target = inner, teacher_sees, clean_target
         self.temperature, self.alpha = temperature, alpha
         self.student = train_mode(student)
-        self.teacher = freeze(teacher, student)
+        self.teacher = freeze(teacher, student, fold=True)
         self.optimizer, self.schedule, self.clip = learning(student, weight_decay=weight_decay, **recipe)
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:

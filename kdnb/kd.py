@@ -44,7 +44,7 @@ class KD:
         check_numbers("in [0, 1]", alpha=alpha)
         check_choice(("batchmean", "mean"), reduction=reduction)
         self.student = train_mode(student)
-        self.teacher = freeze(teacher, student)
+        self.teacher = freeze(teacher, student, fold=True)
         self.temperature, self.alpha, self.reduction = temperature, alpha, reduction
         self.optimizer, self.schedule, self.clip = learning(student, **recipe)
 

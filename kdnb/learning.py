@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .checks import check_apart, check_choice, check_logits, check_numbers, describe, kl_terms
+from .models import fold_batchnorm
 
 # %% ../nbs/03_learning.ipynb #680b94b8
 def sgd(
@@ -78,10 +79,14 @@ def train_mode(*students: nn.Module) -> nn.Module:  # the first of them
 def freeze(
     teacher: nn.Module,       # put into eval mode; its parameters require no gradient from here on
     *students: nn.Module,     # which must not share a tensor with it
-) -> nn.Module:               # the teacher
+    fold: bool = False,       # answer by a copy in which BatchNorm is part of the convolutions, if it can be
+) -> nn.Module:               # the teacher, or that copy: the same answers up to rounding, faster
     "A teacher that stays as it is; refused if that would freeze part of a student."
     check_apart(teacher, *students)
-    return teacher.eval().requires_grad_(False)
+    teacher.eval().requires_grad_(False)
+    if not fold or not any(isinstance(m, nn.BatchNorm2d) for m in teacher.modules()): return teacher
+    try: return fold_batchnorm(teacher)
+    except ValueError: return teacher       # it cannot be copied
 
 # %% ../nbs/03_learning.ipynb #e720b241
 def update(

@@ -4,18 +4,22 @@
 
 # %% auto #0
 __all__ = ['run_parameters', 'run_card', 'save_card', 'load_cards', 'lessons_folder', 'notebooks', 'Lesson', 'plan_run',
-           'protocol_name', 'ResultsTable', 'results_table']
+           'protocol_name', 'ResultsTable', 'group_cards', 'results_table']
 
 # %% ../nbs/05_runs.ipynb #7531b4c0
 import ast
+import csv
 import hashlib
 import html
+import io
 import json
 import math
+import operator
 import os
 import platform
 import re
 import subprocess
+import textwrap
 import time
 import warnings
 from contextlib import suppress
@@ -71,7 +75,7 @@ def _is_accuracy(quantity):  # "kd_accuracy", "pgd20-linf-8/255"; of "row | colu
 
 # %% ../nbs/05_runs.ipynb #ab29309b
 _MACHINE = ["seed", "device", "root", "results", "download", "threads", "workers", "compile", "progress",
-            "checkpoint", "checkpoints", "resume", "trackers"]  # who and where, not what
+            "checkpoint", "checkpoints", "resume", "save", "tracker"]  # who and where, not what
 
 def _protocol(parameters):  # what defines an experiment
     return {k: v for k, v in _portable(parameters).items() if k not in _MACHINE}
@@ -369,10 +373,14 @@ def _rows(label, cards, paper):  # cards of one protocol, one per seed -> one ro
     for name in dict.fromkeys(n for n in names if n != "source"):
         found = {c["seed"]: c["metrics"][name] for c in cards if name in c["metrics"]}
         values = [v * (100 if _is_accuracy(name) else 1) for v in found.values()]
-        rows.append({"protocol": label, "quantity": name, "paper": paper.get(name),
-                     "source": paper.get("source"), "n": len(values), "seeds": sorted(found),
+        row, _, column = name.rpartition(" | ") if " | " in name else (name, "", "ours")
+        rows.append({"notebook": cards[0]["notebook"], "preset": cards[0]["preset"], "protocol": label,
+                     "row": row, "column": column, "quantity": name,
+                     "unit": "%" if _is_accuracy(name) else "",
+                     "paper": paper.get(name), "source": paper.get("source"),
                      "mean": fmean(values) if values else None,
                      "std": stdev(values) if len(values) > 1 else None,
+                     "n": len(values), "seeds": sorted(found),
                      "device": " / ".join(dict.fromkeys(c["device"] for c in cards)),
                      "minutes": fmean(c["seconds"] for c in cards) / 60,
                      "date": max(c["started"] for c in cards)[:10],
@@ -410,8 +418,7 @@ def _cell(row):  # "79.10 ± 0.21 (paper 79.47)"
 def _grid(rows):  # of quantities called "row | column": a line for each row name of a protocol
     lines = {}
     for r in rows:
-        name, _, column = r["quantity"].rpartition(" | ")
-        lines.setdefault((r["protocol"], r["sha256"], name), {})[column] = r
+        lines.setdefault((r["protocol"], r["sha256"], r["row"]), {})[r["column"]] = r
     columns, last = list(dict.fromkeys(column for line in lines.values() for column in line)), (None, None)
     cells = [["protocol", "row", *columns, *"n device minutes date".split()]]
     for (*protocol, name), line in lines.items():
@@ -425,56 +432,130 @@ def _grid(rows):  # of quantities called "row | column": a line for each row nam
         last = protocol, n
     return cells
 
+# %% ../nbs/05_runs.ipynb #570e35f7
+def _laid_out(cells, form, **options):
+    from tabulate import tabulate
+    return tabulate(cells, tablefmt=form, disable_numparse=True, **options)
+
+def _text(title, tables, notes, width):
+    notes = "\n".join(textwrap.fill(note, width) if width else note for note in notes)
+    return [title, *(_fitted(cells, width) for cells in tables), notes]
+
+def _fitted(cells, width):  # as text; what is wider than `width` is wrapped between words, or becomes blocks
+    def widths(length): return [max(length(head) + 2, *map(length, rest), 0) for head, *rest in columns]
+    def word(text): return max(map(len, re.split(r"(?<!±) (?!±)", text)))  # "98.41 ± 0.01" is one
+    columns, gaps = list(zip(*cells, strict=True)), 2 * len(cells[0]) - 2
+    wide, least = widths(len), widths(word)  # with the 2 by which tabulate pads the heads
+    if width and sum(least) + gaps > width:
+        limits = [None, max(10, width - max(map(len, cells[0])) - 2)]
+        blocks = [[pair for pair in zip(cells[0], line, strict=True) if pair[1]] for line in cells[1:]]
+        return "\n\n".join(_laid_out(block, "plain", maxcolwidths=limits) for block in blocks)
+    while width and sum(wide) + gaps > width:
+        spare = [now - low for now, low in zip(wide, least, strict=True)]
+        wide[spare.index(max(spare))] -= 1
+    limits = {"maxcolwidths": wide, "maxheadercolwidths": [w - 2 for w in wide], "break_on_hyphens": False}
+    return _laid_out(cells, "simple", headers="firstrow", **(limits if width else {}))
+
+def _markdown(title, tables, notes, width):
+    def safe(text): return html.escape(text, False).replace("|", r"\|")
+    tables = [[[safe(c) for c in line] for line in cells] for cells in tables]
+    return [f"**{safe(title)}**", *(_laid_out(cells, "github", headers="firstrow") for cells in tables),
+            "<br>".join(map(safe, notes))]
+
+def _latex(title, tables, notes, width):  # tabulars for the package booktabs
+    tables = [_laid_out(cells, "latex_booktabs", headers="firstrow") for cells in tables]
+    return [f"% {title}", *(t.replace("±", r"$\pm$") for t in tables), "\n".join(f"% {n}" for n in notes)]
+
+# %% ../nbs/05_runs.ipynb #3790e18e
+_FORMS = {"text": _text, "markdown": _markdown, "latex": _latex, "csv": None, "json": None}
+
+def _csv(rows):  # lists become words
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    for r in rows:
+        writer.writerow({k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in r.items()})
+    return out.getvalue().strip()
+
+def _matching(rows, field, words, finds=re.search):  # those whose field is such a word, or matches one
+    names, chosen = list(dict.fromkeys(r[field] for r in rows)), []
+    for word in words:
+        try: found = [word] if word in names else [name for name in names if finds(word, name)]
+        except re.error as error:
+            words = f"{field} must be a name or a regular expression, got {shown(word)}: {error}"
+            raise ValueError(words) from None
+        if not found: raise unknown(field, word, names)
+        chosen += found
+    return [r for r in rows if r[field] in chosen]
+
 # %% ../nbs/05_runs.ipynb #a5f264f7
 class ResultsTable:
-    "A results table: print shows text, Jupyter a table; `rows`, a list of dicts, has seeds and commits too."
-    def __init__(self, notebook: str, rows: list):
-        self.title, self.rows = f"{notebook}: the paper's numbers beside ours", rows
-        sources = dict.fromkeys(f"paper: {r['source']}" for r in rows if r["source"])
-        self.notes = ["ours: mean ± sample standard deviation over n seeds; accuracies in percent; "
-                      "minutes of one run", *sources]
+    "The results of one lesson or more: print shows text, Jupyter a table; `rows` is a list of records."
 
-    def _tables(self):  # lists of lines of cells, the heads first; a grid follows the plain rows
-        plain = _plain([r for r in self.rows if " | " not in r["quantity"]])
-        grid = _grid([r for r in self.rows if " | " in r["quantity"]])
-        found = [cells for cells in (plain, grid) if len(cells) > 1] or [[["no recorded runs yet"]]]
-        return [[[" ".join(c.split()) for c in line] for line in cells] for cells in found]
+    def __init__(self, rows: list, notebook: str = "all lessons"):  # the title as long as there are no rows
+        self.rows, self.notebook = rows, notebook
 
-    def __repr__(self):
-        blocks = [self.title]
-        for cells in self._tables():
-            wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
-            lines = ["  ".join(map(str.ljust, line, wide)).rstrip() for line in cells]
-            blocks.append("\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]]))
-        return "\n\n".join([*blocks, "\n".join(self.notes)])
+    def _sections(self):  # of each lesson (title, tables: lines of cells, the heads first, notes)
+        for lesson in dict.fromkeys(r["notebook"] for r in self.rows) or [self.notebook]:
+            rows = [r for r in self.rows if r["notebook"] == lesson]
+            plain = _plain([r for r in rows if r["row"] == r["quantity"]])
+            grid = _grid([r for r in rows if r["row"] != r["quantity"]])
+            found = [cells for cells in (plain, grid) if len(cells) > 1] or [[["no recorded runs yet"]]]
+            sources = dict.fromkeys(f"paper: {r['source']}" for r in rows if r["source"])
+            notes = ["ours: mean ± sample standard deviation over n seeds; accuracies in percent; "
+                     "minutes of one run", *sources]
+            found = [[[" ".join(c.split()) for c in line] for line in cells] for cells in [*found, [notes]]]
+            yield f"{lesson}: the paper's numbers beside ours", found[:-1], found[-1][0]
 
-    def _repr_markdown_(self):
-        blocks = []
-        for cells in self._tables():
-            safe = [[html.escape(c, False).replace("|", r"\|") for c in line] for line in cells]
-            lines = ["| " + " | ".join(line) + " |" for line in safe]
-            blocks.append("\n".join([lines[0], "|---" * len(cells[0]) + "|", *lines[1:]]))
-        return "\n\n".join([*blocks, "<br>".join(html.escape(n, False) for n in self.notes)])
+    def show(
+        self, form: str = "text",  # text, markdown, latex, csv or json
+        width: int | None = None,  # of a terminal, for text: > 0 characters; None: as wide as it is
+    ) -> str:
+        "Tables with title and notes; for csv and json a record for each row and column."
+        if form not in _FORMS: raise unknown("format", form, _FORMS)
+        if form == "json": return json.dumps(self.rows, indent=1, ensure_ascii=False)
+        if form == "csv": return _csv(self.rows)
+        return "\n\n".join(block for part in self._sections() for block in _FORMS[form](*part, width))
+
+    def __repr__(self): return self.show()
+
+    def _repr_markdown_(self): return self.show("markdown")
+
+    def select(
+        self, preset: str = "",  # name of an experiment; "" here and below: all
+        rows: str = "",  # name of a row or quantity, or a regular expression
+        columns: str = "",  # "A,B": names of measured columns, or regular expressions; "ours": of no grid
+    ) -> "ResultsTable":
+        "The part that is asked for; ValueError with the nearest names if there is none."
+        kept = self.rows
+        for field, words, finds in [("preset", [preset], operator.eq), ("row", [rows], re.search),
+                                    ("column", columns.split(","), re.search)]:
+            if kept and words != [""]: kept = _matching(kept, field, words, finds)
+        return ResultsTable(kept, self.notebook)
 
 # %% ../nbs/05_runs.ipynb #09f9d0ed
+def group_cards(cards: list) -> dict:  # (exactly its preset?, preset, protocol, data) -> {seed: card}
+    "Which cards repeat each other: those of one protocol and one data set. Of a seed the newest counts."
+    groups = {}
+    for card in sorted(cards, key=lambda card: card["started"]):
+        asked, data = card["parameters"] | {"preset": card["preset"]}, card["dataset"]
+        label, exact, _ = protocol_name(card["notebook"], asked, data["name"])
+        groups.setdefault((exact, card["preset"], label, str(data.get("sha256"))), {})[card["seed"]] = card
+    return groups
+
 def results_table(
     notebook: str, cards: list | None = None,  # None: the recorded ones, `load_cards(notebook)`
     this_run: dict | None = None,  # the card of the run that asks; it gets rows of its own
     paper: dict | None = None,  # preset -> {"source": text, quantity: number}, accuracies in percent
 ) -> "ResultsTable":  # for print and for Jupyter
     "The paper's numbers beside ours. Of a protocol and a seed the newest card counts; no other is left out."
-    file, groups = lessons_folder() / "results" / f"{notebook}.paper.yaml", {}
+    file, rows = lessons_folder() / "results" / f"{notebook}.paper.yaml", []
     if paper is None:
         paper = _yaml(file) if file.exists() else {}
-    cards = sorted(load_cards(notebook) if cards is None else cards, key=lambda card: card["started"])
-    for mine, card in [("", c) for c in cards] + [("this run: ", this_run)] * bool(this_run):
-        asked, data = card["parameters"] | {"preset": card["preset"]}, card["dataset"]
-        label, exact, _ = protocol_name(card["notebook"], asked, data["name"])
-        known = exact and card["preset"] in paper
-        key = mine, not known, label, str(data.get("sha256"))
-        groups.setdefault(key, {})[card["seed"]] = card
-    rows = []
-    for mine, other, label, sha256 in sorted(groups):
-        group = list(groups[mine, other, label, sha256].values())
-        rows += _rows(mine + label, group, {} if other else paper[group[0]["preset"]])
-    return ResultsTable(notebook, rows)
+    cards = load_cards(notebook) if cards is None else cards
+    for mine, some in [("", cards), ("this run: ", [this_run] * bool(this_run))]:
+        found = [(not exact or preset not in paper, label, data, preset, list(group.values()))
+                 for (exact, preset, label, data), group in group_cards(some).items()]
+        for other, label, _, preset, group in sorted(found, key=lambda each: each[:3]):
+            rows += _rows(mine + label, group, {} if other else paper[preset])
+    return ResultsTable(rows, notebook)

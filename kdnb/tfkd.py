@@ -143,7 +143,7 @@ class TfKD:
         self.settings = _settle(mode, teacher, given, correct_prob, softening)
         self.mode = mode
         self.student = train_mode(student)
-        self.teacher = None if teacher is None else freeze(teacher, student)
+        self.teacher = None if teacher is None else freeze(teacher, student, fold=True)
         self.optimizer, self.schedule, self.clip = learning(student, **recipe)
 
     def opposed(self, x: Tensor, y: Tensor) -> Tensor:

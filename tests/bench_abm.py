@@ -18,20 +18,14 @@ from kdnb.features import attention_loss
 from kdnb.models import features, fold_batchnorm
 
 
-class PlainLoop:
-    "The paper's algorithm: images and the teacher's answer anew in each step, gradients into everything."
+class OfficialLoop:
+    "The published solver's iteration: the teacher is asked once, without gradients, for ten student steps."
 
     def __init__(self, student, teacher, generator, batch_size, beta=250.0):
         self.student, self.teacher, self.generator = student.train(), teacher.eval(), generator.train()
         self.batch_size, self.beta = batch_size, beta
         self.optimizer = torch.optim.Adam(student.parameters(), 2e-3)
         self.generator_optimizer = torch.optim.Adam(generator.parameters(), 1e-3)
-
-    def loss(self, z, attention):
-        x = self.generator(z)
-        (logits, ours), (answers, theirs) = features(self.student, x), features(self.teacher, x)
-        loss = F.kl_div(logits.log_softmax(1), answers.softmax(1), reduction="batchmean") / logits.shape[1]
-        return loss + self.beta * attention_loss(ours, theirs) if attention else loss
 
     def update(self, net, optimizer, loss):
         optimizer.zero_grad()
@@ -41,16 +35,25 @@ class PlainLoop:
         return loss.detach()
 
     def step(self):
-        z = torch.randn(self.batch_size, 100)
-        gap = self.update(self.generator, self.generator_optimizer, -self.loss(z, attention=False))
-        losses = [self.update(self.student, self.optimizer, self.loss(z, attention=True)) for _ in range(10)]
+        x = self.generator(torch.randn(self.batch_size, 100))
+        gap = self.update(self.generator, self.generator_optimizer, -kl(self.student(x), self.teacher(x)))
+        with torch.no_grad(): answers, theirs = features(self.teacher, x := x.detach())
+        losses = []
+        for _ in range(10):
+            logits, ours = features(self.student, x)
+            loss = kl(logits, answers) + self.beta * attention_loss(ours, theirs)
+            losses.append(self.update(self.student, self.optimizer, loss))
         return {"generator": gap, "loss": torch.stack(losses).mean()}
+
+
+def kl(logits, answers):
+    return F.kl_div(logits.log_softmax(1), answers.softmax(1), reduction="batchmean") / logits.shape[1]
 
 
 def bench_iteration(rounds, teacher_name, student_name, batch_size, target=""):
     teacher, student, generator = network(teacher_name, 32), network(student_name, 32), Generator(seed=0)
     copies = [copy.deepcopy(net) for net in (student, teacher, generator)]
-    plain = PlainLoop(*copies, batch_size)
+    plain = OfficialLoop(*copies, batch_size)
     abm = ABM(student, teacher, generator, steps=10**6, variant="official", batch_size=batch_size)
     found = []
     for method in (abm, plain):

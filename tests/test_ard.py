@@ -125,9 +125,11 @@ class Spy(nn.Module):
 @pytest.mark.parametrize("sees", ["clean", "adversarial"])
 def test_what_the_teacher_sees(sees, inner):
     x, y = batch()
-    spy = Spy(digits_net(seed=1))
+    choices = dict(attack=ATTACK, teacher_sees=sees, inner=inner, alpha=0.5)
+    method = ARD(digits_net(), Spy(digits_net(seed=1)), **choices)
+    spy = method.teacher
     before = copy.deepcopy(spy.net.state_dict())
-    ARD(digits_net(), spy, attack=ATTACK, teacher_sees=sees, inner=inner, alpha=0.5).step(x, y)
+    method.step(x, y)
     clean = [torch.equal(seen, x) for seen, _, _ in spy.seen]
     assert all(clean) == (sees == "clean")
     assert not any(training or grad for _, training, grad in spy.seen)

@@ -1,5 +1,6 @@
 """The `kdnb` command and what it stands on, tried from outside on a toy lesson."""
 
+import csv
 import json
 import os
 import re
@@ -16,10 +17,11 @@ from pathlib import Path
 import pytest
 
 from kdnb import __version__ as version
-from kdnb import runner
-from kdnb.runner import _output_name, _parser, main, run_notebook, sweep
+from kdnb import workers
+from kdnb.runner import _output_name, _parser, compare_runs, main, plot_results, run_notebook, sweep
 from kdnb.runs import (
     Lesson,
+    _numbers,
     load_cards,
     plan_run,
     protocol_name,
@@ -183,6 +185,23 @@ def refused(done, words):
         ("run toy -p lr 1 -p lr 2 -o out.ipynb", "'lr' is set twice"),
         ("run toy -p steps 010 -o out.ipynb", "steps must be int, got '010'"),
         ("run toy -p zzzzqqqq 1 -o out.ipynb", "unknown parameter 'zzzzqqqq'; known: preset, seed"),
+        ("results toy --format markdwon", "unknown format 'markdwon'; nearest: markdown"),
+        ("results toy --format cvs --plot a.svg", "unknown format 'cvs'; nearest: csv"),
+        ("results toy --preset lnog", "unknown preset 'lnog'; nearest: long"),
+        ("results toy --rows kd_acuracy", "unknown row 'kd_acuracy'; nearest: kd_accuracy"),
+        ("results toy --rows (", "row must be a name or a regular expression, got '('"),
+        ("results toy --columns our5", "unknown column 'our5'; nearest: ours"),
+        ("results toy --plot a.pdf", "unknown kind of picture '.pdf'; nearest: .png"),
+        ("results untagged --plot a.svg", "91_untagged: no recorded runs yet, so nothing to plot"),
+        ("compare toy", "the following arguments are required: RUN"),
+        ("compare tyo:long toy:long", "unknown notebook 'tyo'; nearest: toy"),
+        ("compare toy:lnog toy:long", "unknown run 'toy:lnog'; nearest: toy:long"),
+        ("compare untagged toy:long", "untagged: no recorded runs yet"),
+        ("compare : toy:long", "a run reads LESSON:PRESET:SEED or is a file, got ':'"),
+        ("compare toy:long:7 toy:long", "unknown seed '7'; known: 0, 1"),
+        ("compare toy toy:long", "toy is more than one: long, on digits; default, on digits"),
+        ("compare old/90_tyo.jsonl toy:long", "unknown file 'old/90_tyo.jsonl'; nearest: old/90_toy.jsonl"),
+        ("compare out.ipynb toy:long", "out.ipynb is no executed notebook"),
         ("copy mine", "nothing was copied: 1 files are there already, such as mine/90_toy.ipynb"),
         ("copy nbs --force", "nothing was copied"),
     ],
@@ -195,6 +214,8 @@ def test_bad_input(toy, words, line):
     (toy / "link.ipynb").symlink_to(toy / "nbs/90_toy.ipynb")
     os.link(toy / "nbs/90_toy.ipynb", toy / "hard.ipynb")
     (toy / "elsewhere").symlink_to(toy / "nbs")
+    for i in range(3): save_card(card(i) if i == 2 else card(i, preset="long", steps=2000), "runs")
+    shutil.copytree(toy / "runs", toy / "old")
     before = tree(toy)
     refused(kdnb(*words.split()), line)
     assert tree(toy) == before and not (toy / "new").exists()
@@ -289,7 +310,13 @@ def test_default_output_and_text_parameters(toy):
     assert done.returncode == 0, done
     cells = json.loads((toy / "runs/90_toy.default.data=10.seed-2.ipynb").read_text())["cells"]
     assert 'data = "10"' in "".join(cells[2]["source"])
-    assert not (toy / "nbs/results").exists() and not list(toy.rglob("*.jsonl")), "nothing was to be recorded"
+    assert [p.relative_to(toy).as_posix() for p in toy.rglob("*.jsonl")] == ["runs/90_toy.jsonl"], "its card"
+    (made,) = load_cards("90_toy")
+    assert (made["seed"], made["parameters"]["results"]) == (-2, "runs")
+    again = sweep("toy", {"seed": [-2]}, parameters={"data": "10"}, log=str)
+    assert again == {"90_toy.default.data=10.seed-2.ipynb": "skipped"}, "run, sweep, results: one workflow"
+    shown = kdnb("results", "toy").stdout
+    assert re.search(r"^default, on 10, data=10 +kd_accuracy +89.00 +1 ", shown, flags=re.M), shown
 
 
 def test_failed_run(toy):
@@ -394,7 +421,7 @@ if seed == 1:
 
 @pytest.mark.skipif(not find_spec("ray"), reason="needs Ray")
 def test_no_ray_cluster_answers(toy, monkeypatch, capsys):
-    monkeypatch.setattr(runner, "_ANSWER", 3)
+    monkeypatch.setattr(workers, "_ANSWER", 3)
     before = tree(toy)
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         address = f"127.0.0.1:{deaf.getsockname()[1]}"
@@ -823,9 +850,9 @@ def test_table_beside_the_paper(toy):
     text, markdown = str(table), table._repr_markdown_()
     assert re.search(r"^ +kd_accuracy +98.73 +98.00 +1$", text, flags=re.M) and "1.235e+05" in text
     assert "paper: Somebody 2015, table 1" in text and "paper: Somebody 2015, table 1" in markdown
-    lines = markdown.split("\n\n")[0].splitlines()
+    lines = markdown.split("\n\n")[1].splitlines()
     assert len(lines) == len(table.rows) + 2 and {line.count("|") for line in lines} == {9}
-    assert "| kd_accuracy | 98.73 | 98.00 | 1 |" in markdown
+    assert "| kd_accuracy | 98.73 | 98.00 | 1 |" in re.sub(" +", " ", markdown)
     (toy / "nbs/results").mkdir()
     (toy / "nbs/results/90_toy.paper.yaml").write_text("long: {source: Shipped, kd_accuracy: 98.73}\n")
     assert "paper: Shipped" in str(results_table("90_toy", cards))
@@ -843,7 +870,7 @@ def cells_of(line):
 def blocks(table):
     "The tables of a results table as text: lists of lines, rules left out."
     parts = str(table).split("\n\n")[1:-1]
-    return [[line for line in part.splitlines() if line.strip("-")] for part in parts]
+    return [[line for line in part.splitlines() if line.strip("- ")] for part in parts]
 
 
 PGD = "pgd20-linf-8/255"
@@ -902,7 +929,7 @@ def test_grid_below_the_plain_table(toy):
     assert [plain] == blocks(results_table("90_toy", [card(0, metrics=more)], paper={}))
     assert [grid] == blocks(results_table("90_toy", [grid_card(0)], paper={}))
     assert {r["quantity"] for r in mixed.rows} == {*grid_card()["metrics"], *more}
-    for lines, part in zip((plain, grid), mixed._repr_markdown_().split("\n\n"), strict=False):
+    for lines, part in zip((plain, grid), mixed._repr_markdown_().split("\n\n")[1:], strict=False):
         rows = part.splitlines()
         assert len({row.count("|") for row in rows}) == 1, "as many cells in each row"
         said = [[c.strip() for c in row.strip("|").split("|")] for row in [rows[0], *rows[2:]]]
@@ -936,3 +963,91 @@ def test_table_without_cards(toy, capsys):
     assert main(["results", "toy"]) == 0
     assert "no recorded runs yet" in capsys.readouterr().out
     assert "no recorded runs yet" in results_table("90_toy")._repr_markdown_()
+
+
+# ---------------------------------------------------------------- what people take away
+
+
+def test_forms_say_the_same(toy):
+    paper = {"default": {"source": "Somebody & others 2020", "small | accuracy": 80.5, "kd_accuracy": 98.0}}
+    cards = [grid_card(s, v, more={"kd_accuracy": v}) for s, v in enumerate([0.5, 0.7])]
+    table = results_table("90_toy", cards, paper=paper)
+    records = json.loads(table.show("json"))
+    assert records == table.rows and len(records) == 6
+    small = next(r for r in records if (r["row"], r["column"]) == ("small", "accuracy"))
+    assert small["mean"] == pytest.approx(60) and (small["n"], small["seeds"]) == (2, [0, 1])
+    fields = "notebook protocol row column paper mean std n seeds device minutes date commits sha256".split()
+    rows = list(csv.DictReader(table.show("csv").splitlines()))
+    assert {*fields} <= {*rows[0]} and len(rows) == 6
+    assert [float(r["mean"]) for r in rows] == [r["mean"] for r in records] and rows[0]["seeds"] == "0 1"
+    latex = table.show("latex")
+    assert latex.count(r"\toprule") == latex.count(r"\bottomrule") == latex.count(r"\end{tabular}") == 2
+    assert r"kd\_accuracy" in latex and r"60.00 $\pm$ 14.14 (paper 80.50)" in latex
+    assert all(line[:1] == "%" for line in latex.splitlines() if "±" in line)
+    assert results_table("90_toy").show("json") == "[]" and results_table("90_toy").show("csv") == ""
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 140, 300])
+def test_text_fits_the_terminal(toy, width):
+    "It wraps or becomes blocks; no number is lost or torn."
+    cards = [grid_card(s, v, more={"kd_accuracy": v}) for s, v in enumerate([0.5, 0.7])]
+    paper = {"default": {"source": "Somebody 2020, table 1", "small | accuracy": 80.5, "kd_accuracy": 98.0}}
+    table = results_table("90_toy", cards, paper=paper)
+    text = table.show(width=width)
+    assert max(map(len, text.splitlines())) <= width
+    assert all(_numbers(r)[0] in text for r in table.rows)
+    def words(text): return {word for word in text.split() if word.strip("-")}
+    assert words(text) == words(table.show())
+
+
+def test_parts_of_a_table(toy):
+    for i in range(2): save_card(grid_card(i, more={"kd_accuracy": 0.5}), "runs")
+    save_card(card(0, preset="long", steps=2000), "runs")
+    def rows(*words):
+        done = kdnb("results", "toy", "--format", "json", *words)
+        return [(r["preset"], r["row"], r["column"]) for r in json.loads(done.stdout)]
+    assert rows("--preset", "long") == [("long", "kd_accuracy", "ours")]
+    assert rows("--rows", "^s", "--columns", "accuracy,e.e") == [
+        ("default", "small", "accuracy"), ("default", "small", "ece")]
+    assert rows("--columns", "linf") == [("default", name, PGD) for name in ("small", "large")]
+    assert json.loads(kdnb("results", "--format", "json").stdout) == json.loads(
+        kdnb("results", "toy", "--format", "json").stdout), "of all lessons"
+
+
+@pytest.mark.parametrize("kind", ["svg", "png"])
+def test_plot(toy, kind):
+    paper = {"default": {"source": "Somebody", "small | accuracy": 80.5, "huge | accuracy": 95.0}}
+    cards = [grid_card(0), grid_card(1), grid_card(2, steps=9)]
+    plot_results(results_table("90_toy", cards, paper=paper), toy / f"a.{kind}")
+    data = (toy / f"a.{kind}").read_bytes()
+    assert b"90_toy: accuracy" in data and b"huge None, std None, paper 95.0" in data and len(data) < 200_000
+    assert not list(toy.glob("*.part"))
+
+
+def test_compare(toy):
+    "By hand: differences 1, 2, 3 points; mean 2, deviation 1, Student's quantile at two degrees 4.3027."
+    metrics = {"kd_accuracy": 0.5, "loss": 1.0, "_hidden": 1}
+    for seed in range(4): save_card(card(seed, metrics=metrics), "runs")
+    for seed, gain in enumerate([0.01, 0.02, 0.03]):
+        save_card(card(seed, lr=0.2, metrics={"kd_accuracy": 0.5 + gain, "ece": 0.1}), "mine")
+    found = compare_runs("toy:default", "mine/90_toy.jsonl")
+    assert found["parameters"] == {"lr": (0.1, 0.2)} and found["seeds"] == ([0, 1, 2, 3], [0, 1, 2])
+    (made,) = found["metrics"].values()
+    half = 4.302653 / 3**0.5
+    wanted = {"mean": 2, "low": 2 - half, "high": 2 + half, "n": 3}
+    assert made == pytest.approx(wanted, abs=1e-5)
+    done = kdnb("compare", "toy:default", "mine/90_toy.jsonl:default, on digits, lr=0.2")
+    assert done.returncode == 0 and "lr: 0.1 -> 0.2" in done.stdout
+    assert re.search(r"^kd_accuracy +\+2 +-0.484 +\+4.48 +3$", done.stdout, flags=re.M), done.stdout
+    done = kdnb("compare", "toy:default:3", "mine/90_toy.jsonl")
+    assert "they have no seed in common, so nothing is compared; seeds: 3 and 0, 1, 2" in done.stdout
+    alone = compare_runs("toy:default:1", "mine/90_toy.jsonl")["metrics"]["kd_accuracy"]
+    assert (alone["low"], alone["high"], alone["n"]) == (None, None, 1) and alone["mean"] == pytest.approx(2)
+
+
+def test_compare_executed_notebooks(toy):
+    a = run_notebook("toy", parameters={"seed": 1, "steps": 40}, log=str)
+    b = run_notebook("toy", preset="long", parameters={"seed": 1}, output="b.ipynb", folder="mine", log=str)
+    found = compare_runs(str(a), str(b))
+    assert found["parameters"] == {"preset": ("default", "long"), "steps": (40, 2000)}
+    assert found["metrics"]["kd_accuracy"]["mean"] == pytest.approx(100 * (0.1 / 2000 - 0.1 / 40))

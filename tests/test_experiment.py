@@ -5,13 +5,19 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
+import torch
+from conftest import same
 
+from kdnb import trackers
 from kdnb.experiment import Experiment
+from kdnb.kd import KD
+from kdnb.models import create_model, load_model
 from kdnb.runs import Lesson, load_cards
-from kdnb.training import Supervised
+from kdnb.training import Supervised, accuracy
 
 GUIDE = Path(__file__).parent.parent / "docs" / "write-a-lesson.md"
 
@@ -127,3 +133,97 @@ def test_rows_and_columns():
     run.note("alone", {"accuracy": 0.4})
     assert run.column("accuracy") == {"KD": 0.5, "alone": 0.4} and run.column("pgd") == {"KD": 0.2}
     assert run.card()["metrics"] == run.metrics and run.metrics["KD | accuracy"] == 0.5
+
+
+# ---------------------------------------------------------------- doors
+
+
+def two_arms(run):
+    teacher = ("teacher", lambda: Supervised(run.new("teacher"), **run.recipe()))
+    student = ("KD", lambda: KD(run.new("student"), run.network("teacher"), **run.recipe()))
+    run.plan({"teacher": teacher, "kd": student})
+    run.train_arms()
+    return run
+
+
+def test_a_student_leaves_and_comes_back_as_a_teacher(tmp_path, capsys):
+    run = two_arms(experiment(epochs=1, save=str(tmp_path)))
+    run.note("KD", {"accuracy": accuracy(run.networks["KD"], run.data.test)})
+    run.results()
+    (home,) = tmp_path.iterdir()
+    assert sorted(p.name for p in home.glob("*.safetensors")) == ["KD.safetensors", "teacher.safetensors"]
+    student = load_model(home / "KD.safetensors")
+    assert accuracy(student, run.data.test) == student.card["accuracy"]["test"]
+    assert student.card["dataset"]["sha256"] == run.data.sha256 and len(student.card["classes"]) == 10
+    again = two_arms(experiment(epochs=1, teacher="mlp_32", teacher_weights=str(home / "KD.safetensors")))
+    assert list(again.histories) == ["KD"] and "KD.safetensors reads" in capsys.readouterr().out
+    assert same(again.networks["teacher"].state_dict(), run.networks["KD"].state_dict())
+    assert again.card()["extra"]["given teacher"]["test"] == student.card["accuracy"]["test"]
+
+
+def test_a_teacher_that_does_not_fit_or_knows_nothing(tmp_path):
+    file = tmp_path / "w.pt"
+    torch.save({"state_dict": create_model("mlp_9", 10, 1, 8, seed=0).state_dict()}, file)
+    with pytest.raises(ValueError, match="does not fit"):
+        two_arms(experiment(teacher="mlp_8", teacher_weights=str(file)))
+    with pytest.warns(UserWarning, match="near chance: are its classes in this order .*normalised once"):
+        two_arms(experiment(teacher="mlp_9", teacher_weights=str(file), epochs=1, max_steps=2))
+
+
+def test_adamw_and_a_tracker_by_their_parameters(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = two_arms(experiment(epochs=3, optimizer="adamw", lr=0.01, tracker="tensorboard"))
+    assert all(type(m.optimizer) is torch.optim.AdamW for m in run.methods.values())
+    assert accuracy(run.networks["KD"], run.data.test) > 0.8
+    assert len(list(Path("runs/tensorboard/07_experiment").iterdir())) == 2
+
+
+class Wandb:
+    "What `kdnb.trackers.WandB` uses of wandb."
+
+    def __init__(self): self.runs = []
+
+    def init(self, **about):
+        run = SimpleNamespace(about=about, rows=[], log=lambda row, step: run.rows.append((step, row)))
+        run.finish = lambda: run.about.update(finished=True)
+        self.runs.append(run)
+        return run
+
+
+def test_weights_and_biases_gets_a_run_for_every_arm(monkeypatch):
+    stub = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: True)
+    two_arms(experiment(epochs=2, tracker="wandb"))
+    assert [run.about["name"] for run in stub.runs] == ["teacher, seed 0", "KD, seed 0"]
+    assert all(run.about["finished"] and len(run.rows) == 2 and "loss" in run.rows[0][1] for run in stub.runs)
+
+
+class MlflowClient:
+    "What `kdnb.trackers.MLflow` uses of mlflow."
+
+    said = []
+
+    def get_experiment_by_name(self, name): return None
+    def create_experiment(self, name): return f"id of {name}"
+    def create_run(self, home, run_name): return SimpleNamespace(info=SimpleNamespace(run_id=run_name))
+    def log_param(self, run, key, value): self.said.append((run, key))
+    def log_metric(self, run, key, value, step): self.said.append((run, key, step))
+    def set_terminated(self, run): self.said.append((run, "end"))
+
+
+def test_mlflow_gets_a_run_for_every_arm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(MlflowClient=MlflowClient))
+    monkeypatch.setattr(trackers, "find_spec", lambda name: True)
+    run = two_arms(experiment(epochs=1, tracker="mlflow"))
+    step = run.histories["KD"]["step"][-1]
+    wanted = {("KD, seed 0", "loss", step), ("KD, seed 0", "lr"), ("teacher, seed 0", "end")}
+    assert wanted <= {*MlflowClient.said}
+
+
+def test_a_tracker_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"wandb is not installed: pip install 'kdnb\[wandb\]'"):
+        experiment(tracker="wandb")
+    with pytest.raises(ValueError, match="tracker must be '', tensorboard, wandb or mlflow, got 'wandbb'"):
+        experiment(tracker="wandbb")

@@ -28,7 +28,8 @@ from kdnb.kd import KD
 from kdnb.learning import per_step, update
 from kdnb.models import create_model
 from kdnb.robust import PGDAT
-from kdnb.training import Supervised, TensorBoard, accuracy, fit, predict
+from kdnb.trackers import TensorBoard
+from kdnb.training import Supervised, accuracy, fit, predict
 
 # The script that the tests kill and resume: it distils on digits and saves the student.
 SCRIPT = """
@@ -747,3 +748,34 @@ def test_a_torn_first_checkpoint_is_swept_away(tmp_path):
     torn.write_bytes(b"half")
     fit(Supervised(net), Batches(data.train, 64), epochs=1, checkpoint=tmp_path / "run.pt", progress="off")
     assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
+
+
+# ---------------------------------------------------------------- the guide
+
+
+def guides_methods():
+    text = (Path(__file__).parents[1] / "docs" / "write-a-method.md").read_text(encoding="utf-8")
+    names = {"student": small(), "teacher": small(1)}
+    for block in re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S): exec(block, names)
+    return names
+
+
+@pytest.mark.parametrize("name", ["method", "Averaged", "Accumulated", "MixedKD", "Committee"])
+def test_methods_of_the_guide_learn_and_resume(name, tmp_path):
+    known = guides_methods()
+
+    def make(seed):
+        if name == "method":
+            more = dict(optimizer=partial(torch.optim.AdamW, lr=1e-3), schedule=per_step(known["warm_up"]))
+            return KD(small(seed), small(1), clip=1.0, **more)
+        others = {"MixedKD": [small(1)], "Committee": [[small(1), small(2)]]}.get(name, [])
+        return known[name](small(seed), *others)
+
+    whole, file = make(0), tmp_path / "run.pt"
+    history = quick(whole, epochs=3)
+    assert history["loss"][-1] < history["loss"][0]
+    quick(make(0), epochs=3, max_steps=7, checkpoint=file)
+    resumed = make(5)
+    quick(resumed, epochs=3, checkpoint=file)
+    assert same(whole.student.state_dict(), resumed.student.state_dict())
+    if name == "Averaged": assert same(whole.average.state_dict(), resumed.average.state_dict())
