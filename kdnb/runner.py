@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -353,6 +352,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(f"{message} (see {self.prog} --help)")
 
+# %% ../nbs/06_runner.ipynb #5e80c49b
 def _parser():
     top = _Parser(prog="kdnb", description="Knowledge distillation lessons: read them, run them, compare.")
     top.add_argument("--version", action="version", version=f"kdnb {kdnb.__version__}")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run_folder', 'check_setup', 'hear', 'run_here', 'run_on_ray']
 
-# %% ../nbs/06_workers.ipynb #9fff64ac
+# %% ../nbs/06_workers.ipynb #9e40c621
 import logging
 import os
 import re
@@ -25,13 +25,13 @@ import kdnb
 from .checks import check_numbers, shown
 from .runs import Lesson, lessons_folder, load_cards, save_card
 
-# %% ../nbs/06_workers.ipynb #755a7678
+# %% ../nbs/06_workers.ipynb #51c7ea15
 def run_folder() -> Path:
     "Where lessons work: beside themselves, those of an installed kdnb in the caller's folder."
     installed = Path(kdnb.__file__).resolve().parent / "notebooks"
     return Path.cwd() if lessons_folder() == installed else lessons_folder()
 
-# %% ../nbs/06_workers.ipynb #e6330dee
+# %% ../nbs/06_workers.ipynb #0e459b0a
 def check_setup(
     name: str, values: dict,  # a lesson; parameter -> value
     cwd: str | Path,  # where the lesson works
@@ -44,7 +44,7 @@ def check_setup(
         said = re.split(r"(?m)^ .*\n", done.stderr)[-1] or f"its setup ended with code {done.returncode}"
         raise ValueError(f"{name}: {' '.join(said.split()).removeprefix('ValueError: ')}")
 
-# %% ../nbs/06_workers.ipynb #f7425637
+# %% ../nbs/06_workers.ipynb #aeef0d77
 @contextmanager
 def _lifeline():  # a pipe's end to read from; the other one closes with the block, or with this process
     read, write = os.pipe()
@@ -57,7 +57,7 @@ def _lifeline():  # a pipe's end to read from; the other one closes with the blo
     finally:
         for end in [read, *held]: os.close(end)
 
-# %% ../nbs/06_workers.ipynb #408cf52c
+# %% ../nbs/06_workers.ipynb #c1a6173b
 def _run_apart(name, values, output, line, env):  # `kdnb run` in a process -> "done" or "failed: why"
     command = [sys.executable, "-m", "kdnb.runner", "run", name, "--experiment", "-o", str(output)]
     command += [word for k, v in values.items() for word in ("-p", k, str(v))]
@@ -66,7 +66,7 @@ def _run_apart(name, values, output, line, env):  # `kdnb run` in a process -> "
     said = (done.stderr.strip() or "no message").splitlines()[-1].removeprefix("kdnb: ")
     return f"failed: {said}" if done.returncode else "done"
 
-# %% ../nbs/06_workers.ipynb #a96f8753
+# %% ../nbs/06_workers.ipynb #a368d684
 def hear() -> dict:  # signal -> what was done about it before, to be put back
     "TERM and HUP end this process as Ctrl-C does, and so does the end of the sweep that started it."
     def stop(number, frame):
@@ -83,7 +83,7 @@ def hear() -> dict:  # signal -> what was done about it before, to be put back
     if os.environ.pop("KDNB_LIFELINE", None): threading.Thread(target=watch, daemon=True).start()
     return heard
 
-# %% ../nbs/06_workers.ipynb #334956f6
+# %% ../nbs/06_workers.ipynb #7f00ff89
 def run_here(
     points: dict,  # name of the executed notebook -> (lesson, values, its `results` or None)
     folder: str | Path,  # for executed notebooks
@@ -99,7 +99,7 @@ def run_here(
         def run(out): tell(out, _run_apart(*points[out][:2], Path(folder) / out, line, env))
         list(pool.map(run, points))
 
-# %% ../nbs/06_workers.ipynb #89c18deb
+# %% ../nbs/06_workers.ipynb #5f375b02
 _ANSWER = 30  # seconds that a cluster has to answer
 
 def _check_answer(address):  # in a process that can be ended: Ray itself waits for minutes, or aborts
@@ -112,7 +112,7 @@ def _check_answer(address):  # in a process that can be ended: Ray itself waits 
         why = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
     raise ValueError(f"no Ray cluster answers at {shown(address)}: {why}; does it want RAY_AUTH_MODE=token?")
 
-# %% ../nbs/06_workers.ipynb #dc6e1111
+# %% ../nbs/06_workers.ipynb #21db0ad3
 @contextmanager
 def _cluster(address, shares):  # Ray, connected; `shares`: what one machine at least must have
     if not find_spec("ray"): raise ImportError('sweeps on Ray need ray: pip install "kdnb[ray]"')
@@ -132,7 +132,7 @@ def _cluster(address, shares):  # Ray, connected; `shares`: what one machine at 
         yield ray
     finally: ray.shutdown()
 
-# %% ../nbs/06_workers.ipynb #22ceeb61
+# %% ../nbs/06_workers.ipynb #4b0e5724
 def _there(env, act, *inputs):  # a task: `act`, in the caller's environment
     os.environ.update(env)
     return act(*inputs)
@@ -148,7 +148,7 @@ def _run_there(out, point, folder):  # -> "done" or "failed: why", cards, files;
         files = {path.name: path.read_bytes() for path in Path(place).glob("*.ipynb")}
         return state.replace(os.path.relpath(place), folder), load_cards(name, cards), files
 
-# %% ../nbs/06_workers.ipynb #eeb21eed
+# %% ../nbs/06_workers.ipynb #1ba1087f
 def _keep(output, cards, files, results):  # what a run made, in the caller's folders
     for card in cards: save_card(card, results)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +158,7 @@ def _keep(output, cards, files, results):  # what a run made, in the caller's fo
         part.replace(output.with_name(name))
     if output.name in files: output.with_suffix(".failed.ipynb").unlink(missing_ok=True)
 
-# %% ../nbs/06_workers.ipynb #584fb474
+# %% ../nbs/06_workers.ipynb #e64010f6
 def run_on_ray(
     points: dict, folder: str | Path, tell: Callable,  # as for `run_here`
     address: str = "",  # of a cluster: "host:port", "auto"; "" makes one of this machine
@@ -183,6 +183,7 @@ def run_on_ray(
         finally:
             for left in waiting: ray.cancel(left, force=True)
 
+# %% ../nbs/06_workers.ipynb #8d4b1f8c
 def _wait(ray, waiting, points, folder, tell):  # for the next that ends
     (ready,), _ = ray.wait([*waiting])
     out = waiting.pop(ready)
