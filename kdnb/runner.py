@@ -433,8 +433,7 @@ def _command(args):  # -> exit code
             print(f"\n{table}\n\nthe executed notebook: {os.path.relpath(out)}")
         else:
             grid = {k: [read(k, v) for v in values.split(",")] for k, values in pairs}
-            shares = {"ray": args.ray, "cpus": args.cpus, "gpus": args.gpus}
-            report = sweep(args.name, grid, jobs=args.jobs, **shares, **common)
+            report = sweep(args.name, grid, **common, **{k: vars(args)[k] for k in ("jobs", "ray", "cpus", "gpus")})
             return int(any(state.startswith("failed") for state in report.values()))
     return 0
 
