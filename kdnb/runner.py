@@ -348,6 +348,8 @@ def predict_images(
     return [(str(p), names[k], float(q)) for p, k, q in zip(paths, found.tolist(), sure, strict=True)]
 
 # %% ../nbs/06_runner.ipynb #2c2d089f
+_HOW = "jobs", "ray", "cpus", "gpus"  # options of a sweep, words of `sweep`
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(f"{message} (see {self.prog} --help)")
@@ -433,7 +435,7 @@ def _command(args):  # -> exit code
             print(f"\n{table}\n\nthe executed notebook: {os.path.relpath(out)}")
         else:
             grid = {k: [read(k, v) for v in values.split(",")] for k, values in pairs}
-            report = sweep(args.name, grid, **common, **{k: vars(args)[k] for k in ("jobs", "ray", "cpus", "gpus")})
+            report = sweep(args.name, grid, **common, **{k: vars(args)[k] for k in _HOW})
             return int(any(state.startswith("failed") for state in report.values()))
     return 0
 
