@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from .attacks import frozen
 from .checks import check_alike, check_choice, check_labels, check_numbers, full, logits_of
 from .data import own_share
-from .features import attention_loss
+from .features import attention_loss, match_layers
 from .kd import kd_loss
 from .learning import freeze, train_mode, update
 from .models import Normalize, features, fold_batchnorm, seeded
@@ -139,14 +139,18 @@ class _Questions:
         return x, *self._answer(self.teacher, x)
 
     def _answer(self, model, x):  # logits, and maps if attention counts
-        logits, maps = features(model, x, self.layers) if self.beta else (model(x), None)
+        layers = self.layers[model is not self.student]
+        logits, maps = features(model, x, layers) if self.beta else (model(x), None)
         return full(logits_of(logits, len(x))), maps
 
     def _try_out(self):  # K; raises if the three networks do not fit together
         if not hasattr(self.generator, "z_size"):
             raise ValueError("generator needs an attribute z_size: how many numbers of noise it takes")
         with frozen(self.generator), frozen(self.student), torch.no_grad():
-            x, teacher_logits, theirs = self._lesson(self._blank(2))
+            x = self.generator(self._blank(2))
+            pairs = match_layers(self.student, self.teacher, x, *self.layers) if self.beta else (None, None)
+            self.layers = [maps and list(maps) for maps in pairs]
+            teacher_logits, theirs = self._answer(self.teacher, x)
             logits, ours = self._answer(self.student, x)
             abm_student_loss(logits, teacher_logits, ours, theirs, self.beta, **self.loss)
         return logits.shape[1]
@@ -191,14 +195,15 @@ class ABM(_Game):
         *,
         steps: int,                    # iterations in all: both learning rates fall to 0 along half a cosine
         variant: str = "paper",        # "official": KL / K (so beta counts K times), mean-square attention
-        beta: float = 250.0,           # >= 0: weight of attention; 0 for networks of different architecture
-        layers=None,                   # names for `features`; None: the last map of each stage
+        beta: float = 250.0,           # >= 0: weight of attention; the paper's 0 for two architectures
+        student_layers=None,           # names in pairs with the teacher's, or both None: the natural
+        teacher_layers=None,           # stages, paired from the smallest map upwards; see `match_layers`
         fresh: bool = False,           # new noise for every student step, not one batch for all of them
         generator_steps: int = 1, student_steps: int = 10,   # of an iteration
         batch_size: int = 128, lr: float = 2e-3,   # images a step of the whole run; the student's Adam rate
         generator_lr: float | None = None,   # Adam's rate for the generator; None: 2e-3, official 1e-3
         clip: float | None = None,     # longest gradient of a network, > 0; None: infinite, official 5
-        fold: bool = True, alarm: bool = True,   # a faster teacher (unless layers); `CollapseAlarm` stops
+        fold: bool = True, alarm: bool = True,   # a faster teacher (unless named); `CollapseAlarm` stops
     ):
         generator_lr, clip, self.loss = _variant(variant, generator_lr, clip)
         check_numbers("> 0", lr=lr, generator_lr=generator_lr, **{} if clip == math.inf else {"clip": clip})
@@ -206,12 +211,13 @@ class ABM(_Game):
         check_numbers("whole >= 2", batch_size=batch_size)
         check_numbers(">= 0", beta=beta)
         check_numbers("whole >= 0", generator_steps=generator_steps)
-        self.variant, self.beta, self.layers, self.fresh = variant, float(beta), layers, fresh
+        self.variant, self.beta, self.fresh = variant, float(beta), fresh
+        self.layers = [student_layers, teacher_layers]
         self.generator_steps, self.student_steps, self.batch_size = generator_steps, student_steps, batch_size
         self.steps, self.clip, self.generator = steps, clip, generator
         self.teacher = freeze(teacher, student, generator)
         self.student = train_mode(student, generator)
-        if fold and not (layers and beta): self.teacher = fold_batchnorm(teacher)
+        if fold and not (teacher_layers and beta): self.teacher = fold_batchnorm(teacher)
         self.alarm = CollapseAlarm(self._try_out(), alarm)
         self.optimizer, self.generator_optimizer = _adam(student, lr), _adam(generator, generator_lr)
         moving = [self.optimizer] + [self.generator_optimizer] * bool(generator_steps)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .attacks import frozen
 from .checks import check_alike, check_apart, check_choice, check_logits, check_numbers, full, logits_of
+from .features import stages_in_words, to_smallest
 from .kd import kd_loss
 from .learning import freeze, learning, move, train_mode, update, weights_of
 from .models import features, seeded
@@ -175,7 +176,7 @@ class _Game(DML):
         if self.order == "fresh":     # batch norm counts both passes
             update(self.optimizer, sum(losses), self.clip)
             for k in self.peers: maps[k] = _answer(self.networks[k], x, self.layers[k])[1]
-        maps = [transfer(m) for transfer, m in zip(self.transfers, maps, strict=True)]
+        maps = [transfer(m) for transfer, m in zip(self.transfers, to_smallest(*maps), strict=True)]
         found = _named(self.peers, losses) | self._discriminator_step(maps)
         parts = self._feature_losses(maps)
         length = self._feature_step(sum(losses), self.beta * sum(parts))
@@ -253,7 +254,7 @@ class AFD(_Game):
                                        # logits, new forward pass, maps; "joint": one backward pass too, of
                                        # L_logit + beta L_G, networks by SGD alone: beta must be small
         beta: float = 1.0,             # >= 0: weight of the feature loss; 0: `DML`, bit for bit
-        layers=None,                   # a name for all, or one each; None: the last that `features` finds
+        layers=None,                   # a name for all, or one each; None: the last map of each, of any size
         feature_lr: float = 2e-5,      # Adam's rate for the feature step
         discriminator_lr: float | None = None,   # Adam's rate for the discriminators; None: feature_lr
         feature_weight_decay: float = 0.1,       # >= 0, of both Adams: added to the gradient
@@ -300,9 +301,9 @@ def _try_out(networks, layers, example, weights):  # channels of all maps, weigh
         example = example.to(weights[0])
         logits, maps = _answers(networks, layers, example)
         _check_classes(logits)
-        if any(m.ndim != 4 for m in maps) or len({m.shape[2:] for m in maps}) > 1:
-            rule = f"maps must be 4-D, of equal height and width, got {' and '.join(map(_size, maps))}"
-            raise ValueError(f"{rule}; choose layers= among {_choice(networks, example)}")
+        if flat := [tuple(m.shape) for m in maps if m.ndim != 4]:
+            choice = _choice(networks, example)
+            raise ValueError(f"maps must be 4-D, got shape {flat[0]}; choose layers= among {choice}")
         if not (seen := [m.sum() for m in maps if m.requires_grad]): raise ValueError("all maps are frozen")
         slopes = torch.autograd.grad(seen, weights, allow_unused=True)
     return [m.shape[1] for m in maps], [p for p, s in zip(weights, slopes, strict=True) if s is not None]
@@ -317,7 +318,4 @@ def _answer(net, x, layer):
 
 # %% ../nbs/23_afd.ipynb #e5469ece
 def _choice(networks, x):  # in words: the maps there are
-    found = [", ".join(f"{name} {_size(m)}" for name, m in features(net, x)[1].items()) for net in networks]
-    return "; ".join(f"network {k}: {names}" for k, names in enumerate(found, 1))
-
-def _size(m): return " x ".join(map(str, m.shape[2:] if m.ndim == 4 else m.shape))
+    return "; ".join(f"network {k}: {stages_in_words(net, x)}" for k, net in enumerate(networks, 1))

@@ -306,8 +306,8 @@ def features(
     if lost := set(names or ()) - maps.keys():
         raise ValueError(f"layer {min(lost)!r} gave no tensor in this call")
     if not maps:
-        raise ValueError("no layer gives 4-D maps of more than one pixel; name the layers (a ViT's layers="
-                         "['blocks.5'], say, gives tokens (B, N, D)); see model.named_modules()")
+        raise ValueError("no layer gives 4-D maps of more than one pixel; name the layers (a ViT's "
+                         "'blocks.5', say, gives tokens (B, N, D)); see model.named_modules()")
     return output, {name: maps[name] for name in names or maps}
 
 # %% ../nbs/01_models.ipynb #845b7d3b

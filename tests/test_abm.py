@@ -25,6 +25,7 @@ from kdnb.models import create_model, features, num_params
 from kdnb.training import fit
 
 SHAPE = dict(num_classes=4, in_channels=1, image_size=8)
+STAGE1 = dict(student_layers="stage1", teacher_layers="stage1")
 
 
 def pair(student="resnet8", teacher="resnet8"):
@@ -249,12 +250,12 @@ def test_one_iteration_is_the_algorithm_written_out(variant):
                 torch.testing.assert_close(p, q, rtol=1e-3, atol=2e-4, msg=name)
 
 
-@pytest.mark.parametrize("layers", [None, ["stem.0"]])
+@pytest.mark.parametrize("layers", [{}, dict(student_layers=["stem.0"], teacher_layers=["stem.0"])])
 def test_folding_the_teacher_changes_nothing_but_last_bits(layers):
     found = []
     for fold in (True, False):
         torch.manual_seed(0)
-        found.append(method(fold=fold, layers=layers).step())
+        found.append(method(fold=fold, **layers).step())
     for name in found[0]:
         torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-3, atol=1e-5)
 
@@ -263,8 +264,8 @@ def test_the_teacher_is_folded_where_it_can_be():
     def norms(abm):
         return sum(isinstance(m, nn.BatchNorm2d) for m in abm.teacher.modules())
 
-    assert norms(method()) == norms(method(layers=["stage1"], beta=0)) == 0
-    assert norms(method(fold=False)) == norms(method(layers=["stage1"])) > 0
+    assert norms(method()) == norms(method(**STAGE1, beta=0)) == 0
+    assert norms(method(fold=False)) == norms(method(**STAGE1)) > 0
 
 
 def test_sure_is_whose_it_says():
@@ -379,7 +380,7 @@ def test_named_layers_are_compared():
     torch.manual_seed(0)
     whole = method(beta=5.0).step()["loss"]
     torch.manual_seed(0)
-    one = method(beta=5.0, layers=["stage1"]).step()["loss"]
+    one = method(beta=5.0, **STAGE1).step()["loss"]
     assert one < whole
 
 
@@ -411,7 +412,7 @@ def test_the_same_method_resumes_its_own_checkpoint(tmp_path):
 
 
 CHANGES = [dict(beta=1.0), dict(fresh=True), dict(variant="official"), dict(lr=1e-3), dict(steps=20)]
-CHANGES += [dict(layers=["stage1"]), dict(fold=False), dict(z_size=6)]
+CHANGES += [STAGE1, dict(fold=False), dict(z_size=6)]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -663,7 +664,8 @@ def test_curves_leave_the_networks_as_they_were():
         (dict(lr="fast"), "lr must be a number > 0, got 'fast'"),
         (dict(beta=None), "beta must be a number >= 0, got None"),
         (dict(steps=True), "steps must be a whole number >= 1, got True"),
-        (dict(layers=["stage9"]), "stage9"),
+        (dict(student_layers="stage9", teacher_layers="stage1"), "stage9"),
+        (dict(student_layers=["stage1"]), "in pairs, none twice, got .*stage1.* and None"),
     ],
 )
 def test_bad_choices_are_one_clear_line(choices, message):
@@ -696,15 +698,26 @@ def test_networks_of_different_images_are_refused():
         ABM(a, copy.deepcopy(a), Generator(5, 3, 8), steps=3)
 
 
-def test_maps_of_different_size_are_refused_only_with_attention():
-    a, b = create_model("resnet8", **SHAPE), create_model("resnet18", **SHAPE)
-    choices = dict(steps=3, layers=["stage1", "stage2", "stage3"], batch_size=4)
-    ABM(a, b, Generator(5, 1, 8), **choices)
-    with pytest.raises(ValueError, match="as many student maps"):
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        ("resnet8", "timm:resnet18"),
+        ("mobilenet_v2", "wrn_40_2"),
+        ("torchvision:resnet18", "torchvision:resnet50"),
+    ],
+)
+def test_attention_between_strangers(student, teacher):
+    nets = [create_model(name, num_classes=4, seed=k) for k, name in enumerate((student, teacher))]
+    abm = ABM(*nets, Generator(5, 3, 32, seed=0), steps=2, batch_size=2, student_steps=1)
+    assert len(abm.layers[0]) == len(abm.layers[1]) >= 3
+    before = state(abm.student)
+    assert all(abm.step()["loss"].isfinite() for _ in range(2)) and moved(before, abm.student)
+
+
+def test_what_has_no_maps_is_refused_only_with_attention():
+    a, b = create_model("resnet8", **SHAPE), create_model("mlp_16", **SHAPE)
+    with pytest.raises(ValueError, match=r"\(B, D, H, W\).*stage3 64 x 2 x 2 with stage1 16; to choose from"):
         ABM(a, b, Generator(5, 1, 8), steps=3)
-    b.stage1.append(nn.AvgPool2d(2))
-    with pytest.raises(ValueError, match="equal height and width"):
-        ABM(a, b, Generator(5, 1, 8), **choices)
     ABM(a, b, Generator(5, 1, 8), steps=3, beta=0, batch_size=4)
 
 

@@ -932,13 +932,37 @@ def test_networks_of_different_classes_are_refused():
     assert all(torch.equal(before[n], a.state_dict()[n]) for n in names)
 
 
-def test_maps_of_different_size_are_refused_with_the_layers_to_choose():
-    with pytest.raises(ValueError, match="2 x 2 and 1 x 1") as error:
-        method("resnet8", "resnet18")
+def test_what_is_no_map_is_refused_with_the_layers_to_choose():
+    with pytest.raises(ValueError, match=r"maps must be 4-D, got shape \(2, 4\)") as error:
+        method("resnet8", "resnet18", layers=["stage3", "linear"])
     text = str(error.value)
-    assert "network 1: stage1 8 x 8, stage2 4 x 4, stage3 2 x 2" in text
-    assert "network 2: stage1 8 x 8, stage2 4 x 4, stage3 2 x 2, stage4 1 x 1" in text and "\n" not in text
-    method("resnet8", "resnet18", layers="stage3").step(*images())
+    assert "network 1: stage1 16 x 8 x 8, stage2 32 x 4 x 4, stage3 64 x 2 x 2; network 2: stage1 64" in text
+    assert text.endswith("stage4 512 x 1 x 1") and "\n" not in text
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_maps_of_different_size_are_pooled_to_the_smallest(order):
+    choices = dict(scheme="offline", discriminator="none", order=order, layers=["stage1", "stage2"])
+    afd, (x, y) = method("resnet8", "resnet8", lr=1e-9, **choices), images()
+    student, teacher, transfer, _ = copy.deepcopy([*afd.networks, *afd.transfers])
+    ours, theirs = features(student, x, "stage1")[1]["stage1"], features(teacher, x, "stage2")[1]["stage2"]
+    wanted = F.l1_loss(transfer(F.avg_pool2d(ours, 2)), theirs)
+    torch.testing.assert_close(afd.step(x, y)["feature"], wanted, rtol=1e-3, atol=1e-5, check_dtype=False)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        ("resnet8", "timm:resnet18"),
+        ("mobilenet_v2", "wrn_40_2"),
+        ("torchvision:resnet18", "torchvision:resnet50"),
+    ],
+)
+def test_strangers_play(student, teacher):
+    both = [create_model(name, num_classes=4, seed=k) for k, name in enumerate((student, teacher))]
+    x, y = torch.rand(3, 3, 32, 32, generator=stream(0)), torch.tensor([0, 1, 2])
+    afd = AFD(both, x, scheme="offline", seed=0)
+    assert all(v.isfinite() for _ in range(2) for v in afd.step(x, y).values())
 
 
 def test_an_example_of_other_images_is_refused():

@@ -22,6 +22,8 @@ from kdnb.features import (
     fsp_matrix,
     hint_loss,
     hint_regressor,
+    match_layers,
+    to_smallest,
 )
 from kdnb.kd import kd_loss
 from kdnb.models import create_model, features
@@ -65,11 +67,14 @@ def test_regressor_translates_only_the_student():
         ((2, 3, 8, 8), (2, 5, 8, 8), (1, 1)),
         ((2, 3, 8, 8), (2, 5, 4, 4), (5, 5)),
         ((1, 4, 7, 5), (3, 2, 6, 1), (2, 5)),
+        ((2, 3, 2, 2), (2, 5, 4, 4), (1, 1)),
+        ((2, 3, 2, 6), (2, 5, 5, 4), (1, 3)),
     ],
 )
 def test_regressor_shapes(ours, theirs, kernel):
     regressor = hint_regressor(torch.zeros(ours), torch.zeros(theirs))
-    assert regressor.kernel_size == kernel and regressor.padding == (0, 0)
+    convolution = next(m for m in regressor.modules() if isinstance(m, torch.nn.Conv2d))
+    assert convolution.kernel_size == kernel and convolution.padding == (0, 0)
     assert regressor(torch.zeros(ours)).shape == (ours[0], *theirs[1:])
 
 
@@ -148,6 +153,17 @@ def test_dead_maps_give_no_nan(form, power):
         assert gradient.isfinite().all()
 
 
+@given(seeds, st.sampled_from(["norm", "mean_square"]))
+def test_attention_pools_the_larger_map(seed, form):
+    a, b = maps(2, 3, 8, 4, seed=seed), maps(2, 5, 4, 4, seed=seed + 1)
+    small = F.avg_pool2d(a, (2, 1))
+    torch.testing.assert_close(attention_loss([a], [b], form), attention_loss([small], [b], form))
+    torch.testing.assert_close(attention_loss([b], [a], form), attention_loss([b], [small], form))
+    assert to_smallest(a, b)[1] is b and to_smallest(b, b)[0] is b
+    crossed = to_smallest(maps(2, 3, 8, 2), maps(2, 3, 4, 4), maps(2, 1, 9, 9))
+    assert [m.shape[2:] for m in crossed] == [(4, 2)] * 3
+
+
 def test_gradient_of_the_norm_form():
     a, b = maps(2, 3, 2, 2).requires_grad_(), maps(2, 3, 2, 2, seed=1).requires_grad_()
     assert torch.autograd.gradcheck(lambda a, b: attention_loss([a], [b], "norm"), (a, b))
@@ -198,6 +214,7 @@ def batch(digits):
     return digits.train.floats()[:16], digits.train.y[:16]
 
 
+STEM = dict(student_layers="stem", teacher_layers="stem")
 SOFT = dict(soft=partial(kd_loss, temperature=4.0), alpha=0.9)
 METHODS = {
     "FitNet": lambda s, t, x, **kw: FitNet(s, t, x, seed=0, **kw),
@@ -374,17 +391,95 @@ def test_any_loss_on_maps_makes_a_method(digits):
         seen.append((list(ours), list(theirs)))
         return (ours["stem"].mean() - theirs["stem"].mean()) ** 2
 
-    found = FeatureKD(net(), net(1), transfer, beta=2.0, layers=["stem"]).step(x, y)
+    found = FeatureKD(net(), net(1), transfer, beta=2.0, **STEM).step(x, y)
     assert seen == [(["stem"], ["stem"])]
     torch.testing.assert_close(found["loss"], found["hard"] + 2 * found["transfer"])
+
+
+# ---------------------------------------------------------------- networks of two kinds
+
+RGB, CLASSES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(5)), torch.tensor([0, 1, 2])
+STRANGERS = [
+    ("resnet8", "timm:resnet18", "stage1 layer1 stage2 layer2 stage3 layer3"),
+    ("mobilenet_v2", "wrn_40_2", "stage2 stage1 stage3 stage2 stage4 stage3"),
+    ("torchvision:resnet18", "torchvision:resnet50", "relu relu layer1 layer1 layer2 layer2 layer3 layer3"),
+]
+each_two = pytest.mark.parametrize(("student", "teacher", "pairs"), STRANGERS, ids=[s for s, *_ in STRANGERS])
+
+
+def two(student, teacher):
+    return [create_model(name, num_classes=4, seed=k) for k, name in enumerate((student, teacher))]
+
+
+@each_two
+def test_natural_stages_pair_from_the_smallest_map_upwards(student, teacher, pairs):
+    nets = two(student, teacher)
+    before, random = [copy.deepcopy(n.state_dict()) for n in nets], torch.get_rng_state()
+    found = match_layers(*nets, RGB)
+    assert " ".join(f"{a} {b}" for a, b in zip(*found, strict=True)) == pairs
+    assert random.equal(torch.get_rng_state()) and all(m.training for n in nets for m in n.modules())
+    assert all(same(n.state_dict(), old) for n, old in zip(nets, before, strict=True))
+    with torch.no_grad():
+        assert same(features(nets[0].eval(), RGB, list(found[0]))[1], found[0])
+
+
+@each_two
+@pytest.mark.parametrize("name", ["FitNet", "AT", "AT norm"])
+def test_strangers_teach(name, student, teacher, pairs):
+    method = METHODS[name](*two(student, teacher), RGB, lr=1e-3)
+    begun = copy.deepcopy(method.student.state_dict())
+    for _ in range(2):
+        found = method.step(RGB, CLASSES)
+    assert found["loss"].isfinite() and found["transfer"] > 0
+    assert not same(begun, method.student.state_dict())
+
+
+@each_two
+def test_flow_of_strangers_is_refused_with_a_choice(student, teacher, pairs):
+    with pytest.raises(ValueError, match="FSP needs pairs of layers with as many channels") as error:
+        FSP(*two(student, teacher)).step(RGB, CLASSES)
+    text, names = str(error.value), pairs.split()
+    assert "\n" not in text and f"paired were {names[0]} " in text and f" with {names[1]} " in text
+    assert "to choose from, student: " in text and "; teacher: " in text
+
+
+def test_flow_of_named_layers_as_wide():
+    "64 and 128 channels, as two of a teacher that is wider elsewhere."
+    named = dict(student_layers=["layer1", "layer2"], teacher_layers=["stage1", "stage2"])
+    method = FSP(*two("torchvision:resnet18", "resnet18"), lr=1e-3, **named)
+    assert all(method.step(RGB, CLASSES)["loss"].isfinite() for _ in range(2))
+
+
+def test_hints_by_name():
+    named = dict(student_layers="stage3", teacher_layers="layer1.0")
+    method = FitNet(*two("resnet8", "timm:resnet18"), RGB, **named)
+    assert method.layers == [["stage3"], ["layer1.0"]] and method.step(RGB, CLASSES)["transfer"] > 0
+    assert FitNet(net(), net(1, "resnet14"), X).layers == [["stage2"], ["stage2"]]
+
+
+def test_tokens_are_refused_but_a_loss_of_your_own_may_take_them():
+    nets = two("resnet8", "timm:vit_tiny_patch16_224")
+    with pytest.raises(ValueError, match="name the layers.*tokens"):
+        AT(*nets).step(RGB, CLASSES)
+    named = dict(student_layers="stage3", teacher_layers="blocks.5")
+    for refused in (lambda: AT(*nets, **named).step(RGB, CLASSES), lambda: FitNet(*nets, RGB, **named)):
+        with pytest.raises(ValueError, match="stage3 64 x 8 x 8 with blocks.5 5 x 192") as error:
+            refused()
+        assert "tokens (B, N, D) need FeatureKD with a transfer of your own" in str(error.value)
+
+    def folded(ours, theirs):  # four patches behind the class token
+        tokens = theirs["blocks.5"][:, 1:].mT.unflatten(2, (2, 2))
+        return attention_loss(ours, [tokens])
+
+    found = FeatureKD(*nets, folded, beta=10.0, **named).step(RGB, CLASSES)
+    assert found["transfer"] > 0
 
 
 # ---------------------------------------------------------------- bad input
 
 A = torch.zeros(2, 3, 4, 4)
 B = torch.zeros(2, 5, 4, 4)
-C = torch.zeros(2, 3, 2, 2)
-X = torch.zeros(2, 1, 8, 8)
+X, Y = torch.zeros(2, 1, 8, 8), torch.tensor([0, 1])
 
 
 def any_loss(ours, theirs):
@@ -396,15 +491,13 @@ def any_loss(ours, theirs):
     [
         (lambda: hint_loss(A, B), r"a regressor.*got shape \(2, 3, 4, 4\) and shape \(2, 5, 4, 4\)"),
         (lambda: hint_loss(A, A, reduction="sum"), "reduction must be mean or half_sum, got 'sum'"),
-        (lambda: hint_regressor(C, A), "cannot enlarge a map, got 2 x 2 to 4 x 4"),
         (lambda: attention_map(A[0]), r"maps must be \(B, D, H, W\), got shape \(3, 4, 4\)"),
         (lambda: attention_map(A, 0.5), "power must be >= 1, got 0.5"),
-        (lambda: attention_loss([A], [C]), "same shape: choose layers of equal height and width, got"),
         (lambda: attention_loss([A], [A], "l2"), "form must be norm or mean_square, got 'l2'"),
         (lambda: attention_loss([A], [A, A]), "as many student maps as teacher maps, got 1 and 2"),
         (lambda: attention_loss([], []), "got 0 and 0"),
         (lambda: fsp_loss([A], [A]), "FSP needs at least 2 layers, got 1"),
-        (lambda: fsp_loss([A, A], [A, B]), "same numbers of channels"),
+        (lambda: fsp_loss([A, A], [A, B]), "with as many channels, got"),
         (lambda: FeatureKD(net(), net(1), any_loss, beta=-1.0), "beta must be >= 0, got -1.0"),
         (lambda: FeatureKD(net(), net(1), any_loss, beta=float("nan")), "beta must be >= 0, got nan"),
         (lambda: AT(net(), net(1), alpha=1.5), r"alpha must lie in \[0, 1\], got 1.5"),
@@ -420,7 +513,10 @@ def any_loss(ours, theirs):
         (lambda: attention_map(A, float("nan")), "power must be >= 1, got nan"),
         (lambda: FSP(net(), net(1), pretrain_epochs=1.5), "must be a whole number >= 0, got 1.5"),
         (lambda: FSP(net(), net(1), beta=0.0, pretrain_epochs=1), "pretrain_epochs needs beta > 0"),
-        (lambda: FitNet(net(), net(1), X, layer="stage9"), "stage9"),
+        (lambda: FitNet(net(), net(1), X, student_layers="stage9", teacher_layers="stage2"), "stage9"),
+        (lambda: AT(net(), net(1), student_layers=["stage1"]), r"pairs.*got \['stage1'\] and None"),
+        (lambda: AT(net(), net(1), **{k: ["stem"] * 2 for k in STEM}), "none twice, got .*'stem', 'stem'"),
+        (lambda: FSP(net(), net(1), **STEM).step(X, Y), "at least 2 layers, got 1; .* stem 16 x 8 x 8"),
     ],
 )
 def test_bad_input_is_one_line(wrong, words):
@@ -538,4 +634,4 @@ def test_a_model_that_gives_more_than_logits_is_refused(who, beta, digits):
     x, y = batch(digits)
     nets = [Two(net(k)) if k == who else net(k) for k in (0, 1)]
     with pytest.raises(ValueError, match=r"logits of shape \(16, K\), got a tuple; wrap"):
-        FeatureKD(*nets, lambda a, b: a["0"].sum(), beta=beta, layers=None, **SOFT).step(x, y)
+        FeatureKD(*nets, lambda a, b: a["0"].sum(), beta=beta, **SOFT).step(x, y)
