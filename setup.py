@@ -11,7 +11,7 @@ ini = ConfigParser(delimiters=["="])
 ini.read(ROOT / "settings.ini", encoding="utf-8")
 settings = ini["DEFAULT"]
 LIB = settings["lib_path"]
-EXTRAS = ["run", "eval", "track", "wandb", "mlflow", "timm", "onnx", "dev", "lab"]
+EXTRAS = ["run", "eval", "track", "wandb", "mlflow", "timm", "onnx", "ray", "dev", "lab"]
 
 
 def words(key):

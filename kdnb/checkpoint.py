@@ -143,6 +143,7 @@ def _identity(run) -> dict:
         "method": type(run.method).__name__, "seed": run.seed,
         **settings({k: v for k, v in vars(run.method).items() if k != "step"}),     # a wrapped step may count
         "precision": run.precision, "steps an epoch": run.epoch_steps, "number of processes": world(),
+        "sync_batchnorm": run.sync_batchnorm,
     }
 
 # %% ../nbs/00_checkpoint.ipynb #83d2d59c

@@ -15,20 +15,16 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 
 import kdnb
-from .checks import check_folder, check_numbers, shown, unknown, write_whole
+from .checks import check_folder, shown, unknown, write_whole
 from kdnb.runs import (
     Lesson,
     ResultsTable,
@@ -40,6 +36,7 @@ from kdnb.runs import (
     protocol_name,
     results_table,
 )
+from .workers import check_setup, hear, run_folder, run_here, run_on_ray
 
 # %% ../nbs/06_runner.ipynb #e04d1c62
 def _output_name(name, every):  # 10_kd.PRESET.what-differs.seed0.ipynb
@@ -75,20 +72,6 @@ def _check_output(output):  # its absolute path; never that of a lesson, not eve
     if output.suffix != ".ipynb" or output.is_dir():
         raise ValueError(f"the output must be a file that ends in .ipynb, got {output.name}")
     return output
-
-# %% ../nbs/06_runner.ipynb #a906532b
-def _check_setup(name, values, cwd):  # what parameters and setup cell raise becomes a ValueError here
-    cells = [re.sub(r"(?m)^[%!].*", "", source) for source in Lesson(name).cells]
-    cells.insert(1, "\n".join(f"{k} = {v!r}" for k, v in values.items()))
-    done = subprocess.run([sys.executable], input="\n".join(cells), cwd=cwd, capture_output=True, text=True)
-    if done.returncode:
-        said = re.split(r"(?m)^ .*\n", done.stderr)[-1] or f"its setup ended with code {done.returncode}"
-        raise ValueError(f"{name}: {' '.join(said.split()).removeprefix('ValueError: ')}")
-
-# %% ../nbs/06_runner.ipynb #d054cda3
-def _run_folder():  # where lessons work
-    installed = Path(kdnb.__file__).resolve().parent / "notebooks"
-    return Path.cwd() if lessons_folder() == installed else lessons_folder()
 
 # %% ../nbs/06_runner.ipynb #7d3a1528
 def _execute(path, output, values, cwd, timeout):
@@ -140,8 +123,8 @@ def run_notebook(
     output = _check_output(output or Path(folder) / out)
     if not find_spec("papermill") or not find_spec("ipykernel"):
         raise ImportError('running notebooks needs papermill: pip install "kdnb[run]"')
-    cwd = Path(cwd or _run_folder()).absolute()
-    _check_setup(name, values, cwd)
+    cwd = Path(cwd or run_folder()).absolute()
+    check_setup(name, values, cwd)
     output.parent.mkdir(parents=True, exist_ok=True)
     log(f"{name}: preset {every.get('preset')}, seed {every.get('seed')}")
     with tempfile.TemporaryDirectory() as folder:
@@ -153,28 +136,30 @@ def run_notebook(
 def sweep(
     name: str, grid: dict, *,  # "10_kd" or "kd"; parameter -> list of values, all combinations are run
     preset: str | None = None, parameters: dict | None = None, jobs: int = 1,  # runs at the same time
+    ray: str | None = None,  # run them on Ray: the address of a cluster; "" makes one of this machine
+    cpus: float = 1, gpus: float = 0,  # with Ray: a run's share of them, such as 0.25; whole above 1
     folder: str | Path = "runs", log=print,  # for executed notebooks; for cards if the lesson would keep none
 ) -> dict:  # name of the executed notebook -> "done", "skipped" or "failed: why"
     "Run a grid; skip what is recorded, go on past a failed run. Bad input is refused before the first run."
-    check_numbers("whole >= 1", jobs=jobs)
+    if ray is None and (cpus, gpus) != (1, 0):
+        raise ValueError(f"cpus and gpus are a run's shares on Ray: pass ray too, got {cpus} and {gpus}")
+    if ray is not None and jobs != 1:
+        raise ValueError(f"on Ray, cpus and gpus decide how many run at once; jobs must be 1, got {jobs}")
     if not grid or not all(grid.values()):
         raise ValueError(f"a sweep needs values to combine, got {shown(grid)}")
-    points, report = _points(name, grid, preset, parameters, folder)
-    with ThreadPoolExecutor(jobs) as pool, _lifeline() as line:
-        def check(out): return _check_setup(points[out][0], points[out][1], _run_folder())
-        list(pool.map(check, [out for out, point in points.items() if not point[2]]))
-        threads = str(max(1, (os.cpu_count() or 1) // jobs))
-        env = {"OMP_NUM_THREADS": threads, **os.environ, "KDNB_LIFELINE": "1"}
-        def run(out):
-            full, values, recorded = points[out]
-            words = ["run", full, "--experiment", "-o", str(Path(folder) / out)]
-            words += [word for k, v in values.items() for word in ("-p", k, str(v))]
-            report[out] = "skipped" if recorded else _run_apart(words, line, env)
-            log(f"{out}: {report[out]}")
-        list(pool.map(run, points))
+    points, report = _points(name, grid, preset, parameters, folder), {}
+    todo = {out: point[:3] for out, point in points.items() if not point[3]}
+    def tell(out, state):
+        report[out] = state
+        log(f"{out}: {state}")
+    for out in points:
+        if out not in todo: tell(out, "skipped")
+        else: _check_output(Path(folder) / out)
+    if ray is None: run_here(todo, folder, tell, jobs)
+    else: run_on_ray(todo, folder, tell, ray, cpus, gpus)
     return {out: report[out] for out in points}
 
-def _points(name, grid, preset, parameters, folder):  # output -> (full name, values, whether it is recorded)
+def _points(name, grid, preset, parameters, folder):  # output -> lesson, values, results, recorded?
     points, keys = {}, {}
     for point in product(*grid.values()):
         point = dict(zip(grid, point, strict=True))
@@ -182,44 +167,9 @@ def _points(name, grid, preset, parameters, folder):  # output -> (full name, va
         key = protocol_name(full, every)[2], every.get("seed")
         if out in points or key in keys:
             raise ValueError(f"the grid holds one run twice: {shown(keys.get(key, out))} and {shown(point)}")
-        cards = load_cards(full, _run_folder() / every.get("results", folder), like=every)
-        points[out], keys[key] = (full, values, bool(cards)), point
-    return points, {}
-
-# %% ../nbs/06_runner.ipynb #125c9758
-@contextmanager
-def _lifeline():  # a pipe's end to read from; the other one closes with the block, or with this process
-    read, write = os.pipe()
-    held = [write]
-    try:
-        yield read
-    except BaseException:
-        os.close(held.pop())  # before the pool waits for its runs
-        raise
-    finally:
-        for end in [read, *held]: os.close(end)
-
-def _run_apart(words, line, env):  # the `kdnb` command in a process of its own -> "done" or "failed: why"
-    command = [sys.executable, "-m", "kdnb.runner", *words]
-    done = subprocess.run(command, stdin=line, capture_output=True, text=True, env=env,
-                          start_new_session=True)
-    said = (done.stderr.strip() or "no message").splitlines()[-1].removeprefix("kdnb: ")
-    return f"failed: {said}" if done.returncode else "done"
-
-def _hear():  # TERM and HUP end a command as Ctrl-C does, and so does the end of its sweep
-    def stop(number, frame):
-        for name in heard: signal.signal(name, signal.SIG_IGN)
-        raise KeyboardInterrupt
-    def watch():
-        while os.read(0, 1024): pass
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(20)
-        os._exit(130)
-    names = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    heard = {name: signal.getsignal(name) for name in names if signal.getsignal(name) != signal.SIG_IGN}
-    for name in heard: signal.signal(name, stop)
-    if os.environ.pop("KDNB_LIFELINE", None): threading.Thread(target=watch, daemon=True).start()
-    return heard
+        cards = load_cards(full, run_folder() / every.get("results", folder), like=every)
+        points[out], keys[key] = (full, values, every.get("results"), bool(cards)), point
+    return points
 
 # %% ../nbs/06_runner.ipynb #ff4c338f
 def _figure(rows, title, unit):
@@ -279,7 +229,7 @@ def _executed(path):  # papermill writes into a notebook which one it ran, and w
     except (ValueError, LookupError, TypeError):
         raise ValueError(f"{path} is no executed notebook") from None
     every = plan_run(name, None, values)[2]
-    places = [None, _run_folder() / every.get("results", "")]
+    places = [None, run_folder() / every.get("results", "")]
     found = [card for place in places for card in load_cards(name, place, like=every)]
     if not found: raise ValueError(f"{path} has no run card")
     return {found[-1]["seed"]: found[-1]}
@@ -398,10 +348,13 @@ def predict_images(
     return [(str(p), names[k], float(q)) for p, k, q in zip(paths, found.tolist(), sure, strict=True)]
 
 # %% ../nbs/06_runner.ipynb #2c2d089f
+_HOW = "jobs", "ray", "cpus", "gpus"  # options of a sweep, words of `sweep`
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(f"{message} (see {self.prog} --help)")
 
+# %% ../nbs/06_runner.ipynb #5e80c49b
 def _parser():
     top = _Parser(prog="kdnb", description="Knowledge distillation lessons: read them, run them, compare.")
     top.add_argument("--version", action="version", version=f"kdnb {kdnb.__version__}")
@@ -435,6 +388,10 @@ def _parser():
     grid.add_argument("-g", dest="grid", action="append", required=True, metavar="NAME=V1,V2",
                       help="values of a parameter; all combinations of repeated -g are run")
     grid.add_argument("-j", dest="jobs", type=int, default=1, help="runs at the same time")
+    grid.add_argument("--ray", nargs="?", const="", metavar="ADDRESS",
+                      help="run on a Ray cluster; without an address on one made of this machine")
+    for option, default in {"cpus": 1, "gpus": 0}.items():
+        grid.add_argument(f"--{option}", type=float, default=default, help=f"a run's {option}, such as 0.25")
     copy.add_argument("folder", help="is made if need be")
     copy.add_argument("--force", action="store_true", help="replace files that are there")
     return top
@@ -478,14 +435,14 @@ def _command(args):  # -> exit code
             print(f"\n{table}\n\nthe executed notebook: {os.path.relpath(out)}")
         else:
             grid = {k: [read(k, v) for v in values.split(",")] for k, values in pairs}
-            report = sweep(args.name, grid, jobs=args.jobs, **common)
+            report = sweep(args.name, grid, **common, **{k: vars(args)[k] for k in _HOW})
             return int(any(state.startswith("failed") for state in report.values()))
     return 0
 
 # %% ../nbs/06_runner.ipynb #bc71690b
 def main(argv: list | None = None) -> int:  # words -> 0 done, 1 a run failed, 2 bad input, 130 stopped
     "The `kdnb` command; an error is one line."
-    heard = _hear() if threading.current_thread() is threading.main_thread() else {}
+    heard = hear() if threading.current_thread() is threading.main_thread() else {}
     try:
         return _command(_parser().parse_args(argv))
     except KeyboardInterrupt:

@@ -266,6 +266,16 @@ def _same_everywhere(modules: Iterable[nn.Module]) -> None:
         for module in modules:
             for tensor in module.state_dict().values(): dist.broadcast(tensor, 0)
 
+# %% ../nbs/03_training.ipynb #18c3f043
+class _Synced(nn.SyncBatchNorm): process_group = None    # that of all
+
+def _share_statistics(run, modules, undo) -> None:
+    "BatchNorm in training takes the mean and variance of all processes' images; taken back by `undo`."
+    if run.device.type != "cuda": raise ValueError(f"sync_batchnorm needs GPUs, got {run.device}")
+    for m in (m for module in modules for m in module.modules() if isinstance(m, _BatchNorm)):
+        undo.callback(setattr, m, "__class__", type(m))
+        m.__class__ = _Synced
+
 # %% ../nbs/03_training.ipynb #10f82cd0
 @dataclass
 class _Asked:
@@ -287,6 +297,7 @@ class _Asked:
     max_steps: int = 0                   # > 0: stop after so many steps in all (a trial run)
     trackers: Iterable[Callable[[dict], object]] = ()   # each is called with every row
     progress: str = "auto"               # "auto", "bar", "notebook", "lines", "off"
+    sync_batchnorm: bool = False         # several processes, each with a GPU: BatchNorm sees the whole batch
 
 # %% ../nbs/03_training.ipynb #0e8ec9f1
 @dataclass
@@ -551,11 +562,18 @@ def fit(method, batches: Iterable | None = None, **options) -> History:
     short has its row, validation and tracker call, but its schedules stay and it has no `end_epoch`. An error
     that stops the run, Ctrl-C too, carries the rows so far as `error.history`. A `DataLoader` resumed in
     mid-epoch draws its order again from the states, at the epoch's start, of the global streams and its
-    `generator`; streams that a data set hides are not known."""
+    `generator`; streams that a data set hides are not known.
+
+    Several processes (torchrun) train as one on the same `Batches`, up to the order of sums, but for this:
+    BatchNorm sees a process's own images, and validation the first one's statistics, unless `sync_batchnorm`;
+    every process draws its own dropout, noise and random starts of attacks; what a method picks among the
+    images, as BSS does, it picks within each process, and a mean over those is a mean of the processes'
+    means. With `sync_batchnorm` all must run a network in training mode equally often."""
     with ExitStack() as undo:
         undo.callback(restore_random, None, random_states(None))
         run = _Run(method, batches, **options)
         modules = run._prepare(undo)
+        if run.sync_batchnorm and world() > 1: _share_statistics(run, modules, undo)
         keeper = Checkpoint(run)
         keeper.load()
         _same_everywhere(modules)

@@ -6,15 +6,18 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from kdnb import __version__ as version
+from kdnb import workers
 from kdnb.runner import _output_name, _parser, compare_runs, main, plot_results, run_notebook, sweep
 from kdnb.runs import (
     Lesson,
@@ -172,6 +175,9 @@ def refused(done, words):
         ("sweep toy -g seed=", "seed must be int, got ''"),
         ("sweep toy -g seed=1 -j 0", "jobs must be a whole number >= 1, got 0"),
         ("sweep toy -g lr=0.1,-1", "90_toy: lr must be > 0, got -1"),
+        ("sweep toy -g seed=1 --ray -j 2", "jobs must be 1, got 2"),
+        ("sweep toy -g seed=1 --gpus 0.5", "pass ray too, got 1 and 0.5"),
+        ("sweep toy -g seed=1 --ray --gpus 1.5", "gpus must be a whole number >= 1, got 1.5"),
         ("sweep toy -g seed=1,1", "the grid holds one run twice"),
         ("sweep toy -g lr=1,1.0", "the grid holds one run twice"),
         ("sweep toy -g seed=1 -g seed=2", "'seed' is set twice"),
@@ -380,6 +386,50 @@ def test_sweep_of_what_records_nothing_records_beside_its_output(toy):
         assert report == {"90_toy.default.seed7.ipynb": state}
     assert [c["seed"] for c in load_cards("90_toy", "mine")] == [7]
     assert said == ["90_toy.default.seed7.ipynb: done", "90_toy.default.seed7.ipynb: skipped"]
+
+
+# ---------------------------------------------------------------- Ray
+
+
+@pytest.mark.skipif(not find_spec("ray") or not Path("/proc").exists(), reason="needs Ray, and Linux")
+def test_sweep_on_ray_outlives_a_killed_worker(toy):
+    "The first attempt of seed 1 kills the task's process, two above the kernel; the cards come home."
+    kill = """import os, pathlib, signal
+attempts = pathlib.Path("attempts"); tried = attempts.exists()
+if seed == 1:
+    attempts.write_text(attempts.read_text() + "x" if tried else "x")
+    if not tried:
+        run = os.getppid()
+        task = int(pathlib.Path(f"/proc/{run}/stat").read_text().rpartition(")")[2].split()[1])
+        assert b"ray::" in pathlib.Path(f"/proc/{task}/cmdline").read_bytes()
+        os.kill(task, signal.SIGKILL)
+        time.sleep(60)"""
+    notebook(toy / "nbs/90_toy.ipynb", PARAMETERS, SETUP, kill, EXPERIMENT, LAST)
+    said, cpus, heard = [], max(1, os.cpu_count() // 2), signal.getsignal(signal.SIGTERM)  # two at once
+    (toy / "runs").mkdir()
+    (toy / "runs/90_toy.long.seed0.failed.ipynb").write_text("of an earlier sweep")
+    report = sweep("toy", {"seed": [0, 1, 2, 3]}, preset="long", ray="", cpus=cpus, log=said.append)
+    assert set(report.values()) == {"done"} and len(said) == 4, report
+    assert (toy / "nbs/attempts").read_text() == "xx", "once killed, once tried again"
+    cards = load_cards("90_toy", toy / "nbs/results")
+    assert sorted(c["seed"] for c in cards) == [0, 1, 2, 3]
+    assert {c["parameters"]["results"] for c in cards} == {"results"}
+    assert {p.name for p in (toy / "runs").iterdir()} == set(report)
+    assert signal.getsignal(signal.SIGTERM) is heard and not sys.modules["ray"].is_initialized()
+    assert "skipped" in sweep("toy", {"seed": [3]}, preset="long", ray="", log=str).values()
+
+
+@pytest.mark.skipif(not find_spec("ray"), reason="needs Ray")
+def test_no_ray_cluster_answers(toy, monkeypatch, capsys):
+    monkeypatch.setattr(workers, "_ANSWER", 3)
+    before = tree(toy)
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        address = f"127.0.0.1:{deaf.getsockname()[1]}"
+        assert main(["sweep", "toy", "-g", "seed=1,2", "--ray", address]) == 2
+    out, error = capsys.readouterr()
+    line = f"kdnb: no Ray cluster answers at '{address}': nothing in 3 s; [^\n]+\n"
+    assert out == "" and re.fullmatch(line, error), error
+    assert tree(toy) == before
 
 
 def test_copy(toy):

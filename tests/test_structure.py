@@ -131,7 +131,7 @@ def floor(name):
     return 0 if number(name) <= 2 else 1 if number(name) <= 5 else max(2, number(name) // 10 + 1)
 
 
-LOW = {"00_checks": -1, "03_learning": 0.5}
+LOW = {"00_checks": -1, "03_learning": 0.5, "06_workers": 1.5}
 
 
 def imports(tree):
@@ -173,7 +173,8 @@ def test_name_is_number_and_name(name):
 
 
 def test_numbers_and_modules_are_unique():
-    below = ("00_checks", "00_checkpoint", "03_learning", "05_trackers")  # the room of their number
+    # they stand below the room of their number
+    below = ("00_checks", "00_checkpoint", "03_learning", "05_trackers", "06_workers")
     numbers = [number(n) for n in NOTEBOOKS if n not in below]
     assert len(set(numbers)) == len(numbers), f"a number twice: {list(NOTEBOOKS)}"
     exported = [m for m in map(module_of, NOTEBOOKS) if m]

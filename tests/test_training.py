@@ -7,16 +7,17 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import two_processes
 from conftest import same
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -30,7 +31,7 @@ from kdnb.robust import PGDAT
 from kdnb.trackers import TensorBoard
 from kdnb.training import Supervised, accuracy, fit, predict
 
-# The script that the tests kill, resume and run in two processes: it distils on digits and saves the student.
+# The script that the tests kill and resume: it distils on digits and saves the student.
 SCRIPT = """
 import sys
 from functools import partial
@@ -52,7 +53,6 @@ method = KD(student, teacher, lr=0.05, schedule=partial(MultiStepLR, milestones=
 batches = Batches(data.train, 64, augment="crop", padding=1, seed=0)
 keep = dict(checkpoint=checkpoint, checkpoint_steps=steps)
 fit(method, batches, epochs=6, validate=data.val, progress="lines", **keep)
-if torch.distributed.is_initialized() and torch.distributed.get_rank(): sys.exit()
 torch.save(student.state_dict(), out)
 """
 
@@ -100,31 +100,41 @@ def test_sigkill_at_any_moment_resumes_to_the_same_bits(script, tmp_path):
     assert same(weights(whole), weights(cut))
 
 
-def test_two_processes_equal_one_on_the_same_global_batch(script, tmp_path):
-    one, two = tmp_path / "one.pt", tmp_path / "two.pt"
-    process = run(script, one, dropout=0.0)
-    text = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, text
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        run(
-            script,
-            two,
-            tmp_path / "two.ckpt",
-            seed=rank,
-            dropout=0.0,  # rank 1 starts from other weights
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in (0, 1)
-    ]
-    texts = [p.communicate(timeout=300)[0] for p in ranks]
-    assert [p.returncode for p in ranks] == [0, 0], texts
-    a, b = weights(one), weights(two)
-    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a), max((a[k] - b[k]).abs().max() for k in a)
-    assert "epoch 6/6" in texts[0] and "epoch" not in texts[1]  # one process reports
+def test_two_processes_equal_one_on_the_same_global_batch(tmp_path):
+    "Every method; the second process starts from other weights, and one process reports."
+    file = tmp_path / "two.pt"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launch, two_processes.__file__, file]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("epoch 1/1") == len(two_processes.METHODS) + 1  # one run was cut in two
+    two = weights(file)
+    for name in two_processes.METHODS:
+        for a, b in zip(two[name], two_processes.train(name), strict=True):
+            far = {k: (a[k] - b[k]).abs().max().item() for k in a if not a[k].equal(b[k])}
+            assert all(v < 1e-9 for v in far.values()), (name, far)
+
+
+def test_sync_batchnorm_needs_gpus(monkeypatch):
+    data, net = digits_net("resnet8")
+    monkeypatch.setattr(training, "world", lambda: 2)
+    monkeypatch.setattr(training.dist, "get_rank", lambda: 0)
+    with pytest.raises(ValueError, match="^sync_batchnorm needs GPUs, got cpu$"):
+        fit(Supervised(net), Batches(data.train), epochs=1, sync_batchnorm=True)
+
+
+def test_sync_batchnorm_is_taken_back():
+    "The same objects of the same classes; in one process nothing is converted at all."
+    data, net = digits_net("resnet8")
+    def kinds(): return [(m, type(m), {*vars(m)}) for m in net.modules()]
+    found = kinds()
+    with ExitStack() as undo:
+        training._share_statistics(SimpleNamespace(device=torch.device("cuda")), [net, net], undo)
+        synced = [m for m in net.modules() if isinstance(m, torch.nn.SyncBatchNorm)]
+        assert len(synced) == sum(kind is torch.nn.BatchNorm2d for _, kind, _ in found) > 0
+    assert kinds() == found
+    fit(Supervised(net), Batches(data.train, 256), epochs=1, max_steps=1, progress="off", sync_batchnorm=True)
+    assert kinds() == found
 
 
 def digits_net(name="mlp_16", seed=0):
