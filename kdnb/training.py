@@ -379,8 +379,10 @@ class _Placed(_Planned):
             undo.enter_context(torch._functorch.config.patch(donated_buffer=False))
         for module in modules:
             module.to(self.device)
-            if any(isinstance(m, nn.Conv2d) for m in module.modules()):
-                module.to(memory_format=torch.channels_last)
+            weights = [p for p in module.parameters() if p.ndim == 4]
+            if not all(p.is_contiguous(memory_format=torch.channels_last) for p in weights):
+                undo.callback(module.to, memory_format=torch.contiguous_format)
+            if weights: module.to(memory_format=torch.channels_last)
             if self.compile:
                 module.compile()
                 undo.callback(setattr, module, "_compiled_call_impl", None)

@@ -779,3 +779,12 @@ def test_methods_of_the_guide_learn_and_resume(name, tmp_path):
     quick(resumed, epochs=3, checkpoint=file)
     assert same(whole.student.state_dict(), resumed.student.state_dict())
     if name == "Averaged": assert same(whole.average.state_dict(), resumed.average.state_dict())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_networks_keep_their_layout(layout):
+    nets = [small(k, "resnet8").to(memory_format=layout) for k in range(2)]
+    quick(KD(*nets, lr=0.01), Batches(IMAGES.first(32), 16))
+    for net in nets:
+        weights = [p for p in net.parameters() if p.ndim == 4]
+        assert all(p.is_contiguous(memory_format=layout) for p in weights)
