@@ -104,7 +104,8 @@ def teacher(): return Net(9)
 
 def hint():
     example = torch.zeros(2, 1, 8, 8, dtype=torch.float64)
-    return FitNet(student(), teacher(), example, layer="stage2", seed=RANK, lr=0.1)
+    layer = dict(student_layers=["stage2"], teacher_layers=["stage2"])
+    return FitNet(student(), teacher(), example, seed=RANK, lr=0.1, **layer)
 
 
 def game(**settings):
@@ -118,17 +119,17 @@ def boundary():
 
 
 def without_data():
-    return SharedNoise(student(), teacher(), Noise(), steps=3, batch_size=16, student_steps=2, layers=MAPS)
+    return SharedNoise(student(), teacher(), Noise(), steps=3, batch_size=16, student_steps=2, **MAPS)
 
 
-MAPS = ["stage1", "stage2"]
+MAPS = dict.fromkeys(["student_layers", "teacher_layers"], ["stage1", "stage2"])
 UPHILL = partial(walk, objective="kl")
 METHODS = {
     "Supervised": lambda: Supervised(student(), lr=0.1, clip=0.5),
     "KD": lambda: KD(student(), teacher(), lr=0.1),
     "FitNet": hint,
-    "AT": lambda: AT(student(), teacher(), layers=MAPS, beta=100.0, lr=0.1),
-    "FSP": lambda: FSP(student(), teacher(), layers=MAPS, beta=100.0, lr=0.1),
+    "AT": lambda: AT(student(), teacher(), **MAPS, beta=100.0, lr=0.1),
+    "FSP": lambda: FSP(student(), teacher(), **MAPS, beta=100.0, lr=0.1),
     "PGDAT": lambda: PGDAT(student(), attack=walk, lr=0.1),
     "TRADES": lambda: TRADES(student(), attack=UPHILL, lr=0.1),
     "BSS": boundary,
