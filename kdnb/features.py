@@ -148,7 +148,10 @@ def match_layers(
     return pairs
 
 # %% ../nbs/11_features.ipynb #2d79a59e
-def stages_in_words(model: nn.Module, x: Tensor) -> str:  # "stage1 16 x 32 x 32, stage2 32 x 16 x 16"
+def stages_in_words(
+    model: nn.Module,
+    x: Tensor,          # (B, C, H, W)
+) -> str:               # "stage1 16 x 32 x 32, stage2 32 x 16 x 16"
     "In words: a network's natural stages, with channels, height and width."
     try: return ", ".join(_sizes(features(model, x)[1]))
     except ValueError: return "no maps; tokens (B, N, D) need FeatureKD with a transfer of your own"

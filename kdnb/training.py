@@ -378,17 +378,20 @@ class _Placed(_Planned):
         if self.compile:    # a donated buffer forbids a second backward pass through its graph
             undo.enter_context(torch._functorch.config.patch(donated_buffer=False))
         for module in modules:
-            module.to(self.device)
-            weights = [p for p in module.parameters() if p.ndim == 4]
-            if not all(p.is_contiguous(memory_format=torch.channels_last) for p in weights):
-                undo.callback(module.to, memory_format=torch.contiguous_format)
-            if weights: module.to(memory_format=torch.channels_last)
+            _lay_out(module.to(self.device), undo)
             if self.compile:
                 module.compile()
                 undo.callback(setattr, module, "_compiled_call_impl", None)
         for optimizer in (o for o in parts if isinstance(o, Optimizer)):
             for hook in _hooks(optimizer, self.precision): undo.callback(hook.remove)
         return modules
+
+# %% ../nbs/03_training.ipynb #efdee52a
+def _lay_out(module, undo):   # channels last, until the end of the run
+    weights = [p for p in module.parameters() if p.ndim == 4]
+    if not all(p.is_contiguous(memory_format=torch.channels_last) for p in weights):
+        undo.callback(module.to, memory_format=torch.contiguous_format)
+    if weights: module.to(memory_format=torch.channels_last)
 
 # %% ../nbs/03_training.ipynb #69e2bc27
 def _hooks(optimizer, precision):

@@ -362,7 +362,7 @@ def test_one_parameters_cell_of_literals(name):
     assert not missing, f"{name}: every paper notebook has the parameters {sorted(missing)}"
 
 
-HOUSE = "augment precision compile device threads seed checkpoints results max_steps".split()
+HOUSE = "augment precision compile device threads seed checkpoints results save tracker max_steps".split()
 DATA = "preset data root download image_size val_fraction train_images".split()
 
 
@@ -371,7 +371,7 @@ def test_parameters_have_one_vocabulary(name):
     found = Lesson(name).parameters
     assert [*found][: len(DATA)] == DATA, f"{name}: begins with {DATA}"
     assert [*found][-len(HOUSE) :] == HOUSE, f"{name}: ends with {HOUSE}"
-    assert {"arms", "batch_size", "lr", "weight_decay"} <= {*found}, f"{name}: a word is missing"
+    assert {"arms", "batch_size", "optimizer", "lr", "weight_decay"} <= {*found}, f"{name}: a word is missing"
 
 
 def outside(kind):
@@ -381,7 +381,8 @@ def outside(kind):
 
 @each_lesson
 def test_every_rule_is_kept(name):
-    free = {"preset", "root", "checkpoints", "results", "arms", "pairs"}  # asked elsewhere, or free
+    free = {"preset", "root", "checkpoints", "results", "save", "arms", "pairs", "teacher_weights"}
+    free |= {"student_layers", "teacher_layers"}  # asked elsewhere, or free
     for key, (kind, _, words) in Lesson(name).parameters.items():
         if kind is bool or key in free or words.startswith(("a model", "models", "a layer", "where to")):
             continue
