@@ -365,8 +365,8 @@ def _parser():
     copy = add("copy", help="put the lessons into a folder, to read them in JupyterLab")
     look = add("predict", help="what a saved network sees in pictures")
     out = add("export", help="a saved network as an ONNX file")
-    for sub in (look, out): sub.add_argument("file", metavar="FILE.safetensors")
-    look.add_argument("images", nargs="+", metavar="IMAGE")
+    for sub in (look, out): sub.add_argument("file", metavar="FILE.safetensors", help="a run's, by -p save")
+    look.add_argument("images", nargs="+", metavar="IMAGE", help="files of pictures")
     out.add_argument("-o", dest="output", metavar="OUT.onnx", help="default: beside the file")
     for sub in (show, results, run, grid):
         sub.add_argument("name", nargs="?" if sub in (show, results) else None, help="a lesson: 10_kd, or kd")
