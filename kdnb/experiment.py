@@ -7,6 +7,7 @@ __all__ = ['TEACHER', 'STUDENT', 'CONTROL', 'SAMPLES', 'begin', 'dots', 'network
 
 # %% ../nbs/07_experiment.ipynb #90848df6
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -155,13 +156,32 @@ class _Recipe(_Bench):
         rates.pop("momentum", None)
         return made | {"optimizer": partial(torch.optim.AdamW, **rates)}
 
+# %% ../nbs/07_experiment.ipynb #ce0bba9d
+class _Told:
+    "A tracker: arms done, epoch, time left."
+
+    def __init__(self, run, label, rows):
+        self.run, self.label, self.rows, self.begun, self.seen = run, label, rows, time.monotonic(), 0
+
+    def __call__(self, row):
+        self.seen += 1
+        left = (time.monotonic() - self.begun) / self.seen * (self.rows - row["epoch"])
+        rest = f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
+        arms = f"{self.run.arms_done} of {len(getattr(self.run, 'wanted', []))} arms done"
+        text = f"{arms}; {self.label}: epoch {row['epoch']} of {self.rows}, about {rest} left"
+        if path := os.environ.get("KDNB_PROGRESS"): Path(path).write_text(text, encoding="utf-8")
+
 # %% ../nbs/07_experiment.ipynb #59fde6ef
+def _rows(epochs=0, steps=0, epoch_steps=100, **others):    # of a history
+    return -(-steps // epoch_steps) if steps else epochs
+
 class _Trainer(_Recipe):
     "Training by the parameters; networks, histories and methods are kept by label."
 
     def __init__(self, notebook: str, namespace: dict):
         super().__init__(notebook, namespace)
         self.networks, self.histories, self.methods, self.given_teacher = {}, {}, {}, {}
+        self.arms_done = 0
 
     def train(
         self, label: str, method, images: Images | None = None, epochs: int = 0, **options
@@ -177,6 +197,7 @@ class _Trainer(_Recipe):
             batches = Batches(images, size, augment=v["augment"], seed=usual["seed"])
         where = v.get("tracker", ""), self.notebook, f"{label}, seed {v['seed']}", self.parameters
         with tracking(*where) as trackers:
+            trackers = [*trackers, _Told(self, label, _rows(**usual))]
             self.histories[label] = fit(method, batches, trackers=trackers, **usual)
         self.methods[label] = method
         self.networks[label] = method.student.eval()
@@ -231,7 +252,9 @@ class _Arms(_Given):
 
     def train_arms(self) -> None:
         "Train the wanted arms, in the order of the table."
-        for arm in self.wanted: self.network(arm)
+        for arm in self.wanted:
+            self.network(arm)
+            self.arms_done += 1
 
 # %% ../nbs/07_experiment.ipynb #9478b7c2
 class _Rows(_Arms):

@@ -18,6 +18,8 @@ import signal
 import sys
 import tempfile
 import threading
+import time
+from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -73,6 +75,30 @@ def _check_output(output):  # its absolute path; never that of a lesson, not eve
         raise ValueError(f"the output must be a file that ends in .ipynb, got {output.name}")
     return output
 
+# %% ../nbs/06_runner.ipynb #f38586f1
+@contextmanager
+def _progress(every=5.0):  # what a run tells of itself, on a terminal
+    if not sys.stderr.isatty():
+        yield
+        return
+    done = threading.Event()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "progress")
+        os.environ["KDNB_PROGRESS"] = str(file)
+        def watch():
+            said = None
+            while not done.wait(every):
+                text = file.read_text("utf-8") if file.exists() else None
+                if text and text != said: print(f"\n{text}", file=sys.stderr, flush=True)
+                said = text
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try: yield
+        finally:
+            done.set()
+            watcher.join()
+            os.environ.pop("KDNB_PROGRESS", None)
+
 # %% ../nbs/06_runner.ipynb #7d3a1528
 def _execute(path, output, values, cwd, timeout):
     import papermill
@@ -80,7 +106,7 @@ def _execute(path, output, values, cwd, timeout):
     part, failed = output.with_suffix(".part.ipynb"), output.with_suffix(".failed.ipynb")
     files = [re.sub("([{}])", r"\1\1", str(p)) for p in (path, part)]  # papermill fills {names} in
     try:
-        papermill.execute_notebook(
+        with _progress(): papermill.execute_notebook(
             *files, values, kernel_name="python3", progress_bar=sys.stderr.isatty(), cwd=str(cwd),
             execution_timeout=timeout, extra_arguments=["--log-level=CRITICAL"])
     except BaseException as error:
@@ -149,9 +175,12 @@ def sweep(
         raise ValueError(f"a sweep needs values to combine, got {shown(grid)}")
     points, report = _points(name, grid, preset, parameters, folder), {}
     todo = {out: point[:3] for out, point in points.items() if not point[3]}
+    begun = time.monotonic()
     def tell(out, state):
         report[out] = state
-        log(f"{out}: {state}")
+        ran, left = sum(v != "skipped" for v in report.values()), len(points) - len(report)
+        rest = f", about {(time.monotonic() - begun) / ran * left / 60:.0f} min left" if ran and left else ""
+        log(f"{out}: {state} ({len(report)} of {len(points)}{rest})")
     for out in points:
         if out not in todo: tell(out, "skipped")
         else: _check_output(Path(folder) / out)

@@ -352,7 +352,7 @@ def test_sweep(toy):
     words = "sweep toy -f long -p steps 20 -g seed=1,2,3 -g lr=0.5,1 -j 2".split()
     done = kdnb(*words)
     assert done.returncode == 1 and done.stderr == "", done
-    state = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    state = dict(re.sub(r" \(\d of 6.*\)$", "", line).split(": ", 1) for line in done.stdout.splitlines())
     bad = "90_toy.long.steps=20.lr=1.seed3.ipynb"
     assert len(state) == 6 and {k for k, v in state.items() if v == "done"} == set(state) - {bad}
     assert state[bad].startswith("failed: 90_toy failed in cell [4]: ArithmeticError: better than perfect")
@@ -385,7 +385,8 @@ def test_sweep_of_what_records_nothing_records_beside_its_output(toy):
         report = sweep("toy", {"seed": [7]}, folder="mine", log=said.append)
         assert report == {"90_toy.default.seed7.ipynb": state}
     assert [c["seed"] for c in load_cards("90_toy", "mine")] == [7]
-    assert said == ["90_toy.default.seed7.ipynb: done", "90_toy.default.seed7.ipynb: skipped"]
+    name = "90_toy.default.seed7.ipynb"
+    assert said == [f"{name}: done (1 of 1)", f"{name}: skipped (1 of 1)"]
 
 
 # ---------------------------------------------------------------- Ray

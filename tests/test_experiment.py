@@ -227,3 +227,13 @@ def test_a_tracker_that_is_not_there(monkeypatch):
         experiment(tracker="wandb")
     with pytest.raises(ValueError, match="tracker must be '', tensorboard, wandb or mlflow, got 'wandbb'"):
         experiment(tracker="wandbb")
+
+
+def test_a_run_tells_how_far_it_is(tmp_path, monkeypatch):
+    file, told = tmp_path / "progress", []
+    monkeypatch.setenv("KDNB_PROGRESS", str(file))
+    monkeypatch.setattr(Path, "write_text", lambda path, text, encoding: told.append((path, text)))
+    two_arms(experiment(epochs=2))
+    assert [path for path, _ in told] == [file] * 4
+    assert told[0][1].startswith("0 of 2 arms done; teacher: epoch 1 of 2, about ")
+    assert told[3][1] == "1 of 2 arms done; KD: epoch 2 of 2, about 0 s left"
