@@ -348,11 +348,16 @@ def test_ctrl_c(toy):
     assert sorted(p.name for p in toy.glob("out*")) == ["out.failed.ipynb"]
 
 
+def states(text):
+    "What a sweep says of each run, without its count."
+    return dict(re.sub(r" \(\d+ of \d+.*\)$", "", line).split(": ", 1) for line in text.splitlines())
+
+
 def test_sweep(toy):
     words = "sweep toy -f long -p steps 20 -g seed=1,2,3 -g lr=0.5,1 -j 2".split()
     done = kdnb(*words)
     assert done.returncode == 1 and done.stderr == "", done
-    state = dict(re.sub(r" \(\d of 6.*\)$", "", line).split(": ", 1) for line in done.stdout.splitlines())
+    state = states(done.stdout)
     bad = "90_toy.long.steps=20.lr=1.seed3.ipynb"
     assert len(state) == 6 and {k for k, v in state.items() if v == "done"} == set(state) - {bad}
     assert state[bad].startswith("failed: 90_toy failed in cell [4]: ArithmeticError: better than perfect")
@@ -367,7 +372,7 @@ def test_sweep(toy):
     ]
     before = tree(toy / "runs")
     again = kdnb(*words[:-2])
-    state = dict(line.split(": ", 1) for line in again.stdout.splitlines())
+    state = states(again.stdout)
     assert again.returncode == 1 and {k for k, v in state.items() if v == "skipped"} == set(state) - {bad}
     assert {k: v for k, v in tree(toy / "runs").items() if "failed" not in k} == {
         k: v for k, v in before.items() if "failed" not in k
