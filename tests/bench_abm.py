@@ -35,9 +35,11 @@ class OfficialLoop:
         return loss.detach()
 
     def step(self):
-        x = self.generator(torch.randn(self.batch_size, 100))
+        x = self.generator(z := torch.randn(self.batch_size, 100))
         gap = self.update(self.generator, self.generator_optimizer, -kl(self.student(x), self.teacher(x)))
-        with torch.no_grad(): answers, theirs = features(self.teacher, x := x.detach())
+        with torch.no_grad():
+            x = self.generator(z)
+            answers, theirs = features(self.teacher, x)
         losses = []
         for _ in range(10):
             logits, ours = features(self.student, x)
