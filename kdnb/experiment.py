@@ -152,8 +152,8 @@ class _Recipe(_Bench):
             milestones = self.milestones(epochs)
             made["schedule"] = partial(MultiStepLR, milestones=milestones, gamma=v["lr_factor"])
         if v.get("optimizer", "sgd") == "sgd": return made
-        rates = {name: made.pop(name) for name in ("lr", "momentum", "weight_decay") if name in made}
-        rates.pop("momentum", None)
+        made.pop("momentum", None)
+        rates = {name: made.pop(name) for name in ("lr", "weight_decay") if name in made}
         return made | {"optimizer": partial(torch.optim.AdamW, **rates)}
 
 # %% ../nbs/07_experiment.ipynb #ce0bba9d
@@ -208,18 +208,20 @@ class _Given(_Trainer):
     "A teacher from a file."
 
     def given(self, name: str) -> nn.Module:
-        "A network with the weights of the file `teacher_weights`; says how well it reads."
-        file, data = self.values["teacher_weights"], self.data
-        model = load_weights(self.new(name), file).eval()
+        "A network with the weights of the file `teacher_weights`."
+        return load_weights(self.new(name), self.values["teacher_weights"]).eval()
+
+    def judge(self, model: nn.Module) -> None:
+        "Say, and keep for the card, how well the given teacher reads; warn if it is near chance."
+        file, data = Path(self.values["teacher_weights"]).name, self.data
         found = {"validation": accuracy(model, data.val), "test": accuracy(model, data.test)}
         shares = [f"{100 * share:.1f} % of the {part} images" for part, share in found.items()]
-        print(f"{Path(file).name} reads", " and ".join(shares))
+        print(f"{file} reads", " and ".join(shares))
         if found["validation"] < (9 / data.num_classes + 1) / 10:
             warnings.warn("the given teacher is near chance: are its classes in this order "
                           f"({shown(data.train.classes)}), and are its pixels in [0, 1], normalised once?",
                           stacklevel=2)
-        self.given_teacher = {"file": Path(file).name} | found
-        return model
+        self.given_teacher = {"file": file} | found
 
 # %% ../nbs/07_experiment.ipynb #26ab92ba
 class _Arms(_Given):
@@ -237,8 +239,9 @@ class _Arms(_Given):
             if arm not in table: raise unknown("arm", arm, table)
         self.table, self.wanted = table, [arm for arm in table if arm in asked or not asked]
         len(self.train_set)     # loaded now: images that cannot be used are refused before any training
-        if self.values.get("teacher_weights") and given in table:      # and weights
-            self.networks[table[given][0]] = self.given("teacher")
+        self.brought = None
+        if self.values.get("teacher_weights") and given in table:      # and weights; they are measured later
+            self.brought = self.networks[table[given][0]] = self.given("teacher")
 
     def network(self, arm: str) -> nn.Module | None:
         "An arm's trained network (of a list the last one); it is trained now if it was not yet."
@@ -252,6 +255,7 @@ class _Arms(_Given):
 
     def train_arms(self) -> None:
         "Train the wanted arms, in the order of the table."
+        if self.brought is not None: self.judge(self.brought)
         for arm in self.wanted:
             self.network(arm)
             self.arms_done += 1
