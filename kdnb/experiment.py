@@ -12,14 +12,13 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import cached_property, partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR, MultiStepLR
 
-from .checks import check_folder, check_numbers, shown, unknown
+from .checks import check_folder, check_installed, check_numbers, shown, unknown
 from .data import Batches, Data, Images, check_data, load_data
 from .models import check_model, create_model, load_weights, save_model
 from kdnb.runs import (
@@ -121,9 +120,7 @@ def _check_world(notebook, values):  # models, data, folders: what the parameter
     for name in ("results", "checkpoints", "save"):
         if values.get(name): check_folder(values[name], name)
     check_tracker(values.get("tracker", ""))
-    if values.get("autoattack_tier") and not find_spec("pyautoattack"):
-        how = "pip install 'kdnb[eval]', or set autoattack_tier to ''"
-        raise ValueError(f"AutoAttack needs pyautoattack: {how}")
+    if values.get("autoattack_tier"): check_installed("pyautoattack", extra="eval")
 
 # %% ../nbs/07_experiment.ipynb #5c761909
 def _plain(label): return "".join(c if c.isalnum() else "-" for c in label)     # for names of files

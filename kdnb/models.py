@@ -24,7 +24,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .checks import check_choice, check_numbers, describe, logits_of, shown, unknown, write_whole
+from kdnb.checks import (
+    check_choice,
+    check_installed,
+    check_numbers,
+    describe,
+    logits_of,
+    shown,
+    unknown,
+    write_whole,
+)
 
 # %% ../nbs/01_models.ipynb #543aaca9
 class Normalize(nn.Module):
@@ -335,9 +344,8 @@ def _plain(layer, kind):  # of this very class, and nobody listens to it
 
 # %% ../nbs/01_models.ipynb #ba28c181
 def _need(package, extra):  # what only some users have
-    try:
-        with warnings.catch_warnings(action="ignore"): return import_module(package)
-    except ImportError: raise ImportError(f"{package} is missing: pip install 'kdnb[{extra}]'") from None
+    check_installed(package, extra=extra)
+    with warnings.catch_warnings(action="ignore"): return import_module(package)
 
 
 def _shelf(source):  # what a library can build for classification
