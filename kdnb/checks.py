@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parse_rule', 'shown', 'describe', 'check_numbers', 'compiling', 'check_choice', 'unknown', 'check_alike',
            'check_logits', 'logits_of', 'check_pixels', 'check_labels', 'check_apart', 'full', 'kl_terms',
-           'check_folder', 'check_installed', 'write_whole']
+           'check_folder', 'needs', 'write_whole']
 
 # %% ../nbs/00_checks.ipynb #b730beea
 import operator
@@ -192,11 +192,11 @@ def check_folder(path: str | Path, name: str = "folder") -> None:
         raise ValueError(f"{name} must be a folder that can be written, got {shown(str(path))}")
 
 # %% ../nbs/00_checks.ipynb #ef9af08c
-def check_installed(
-    *packages: str,     # as Python imports them; nothing is imported here
+def needs(
     extra: str,         # what installs them: kdnb[extra]
+    *packages: str,     # as Python imports them; nothing is imported here
 ) -> None:
-    "Raise ImportError, which names the extra, unless the packages are there."
+    "Raise ImportError, which names the extra, unless its packages are there."
     for package in packages:
         if not find_spec(package):
             raise ImportError(f"{package} is not installed: pip install 'kdnb[{extra}]'")

@@ -27,10 +27,10 @@ from .attacks import ask, attack_name, check_ball, cut_pixels, fgsm, frozen, pgd
 from kdnb.checks import (
     check_alike,
     check_choice,
-    check_installed,
     check_labels,
     check_numbers,
     describe,
+    needs,
     shown,
     write_whole,
 )
@@ -178,7 +178,7 @@ class Verdict:
 # %% ../nbs/04_evaluation.ipynb #341409c6
 def _check_tier(tier):
     check_choice(_TIERS, tier=tier)
-    check_installed("pyautoattack", extra="eval")
+    needs("eval", "pyautoattack")
 
 # %% ../nbs/04_evaluation.ipynb #65cd3b2e
 def _only_unbroken(attack):

@@ -8,6 +8,7 @@ __all__ = ['TEACHER', 'STUDENT', 'CONTROL', 'SAMPLES', 'begin', 'dots', 'network
 # %% ../nbs/07_experiment.ipynb #90848df6
 import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR, MultiStepLR
 
-from .checks import check_folder, check_installed, check_numbers, shown, unknown
+from .checks import check_folder, check_numbers, needs, shown, unknown
 from .data import Batches, Data, Images, check_data, load_data
 from .models import check_model, create_model, load_weights, save_model
 from kdnb.runs import (
@@ -120,7 +121,7 @@ def _check_world(notebook, values):  # models, data, folders: what the parameter
     for name in ("results", "checkpoints", "save"):
         if values.get(name): check_folder(values[name], name)
     check_tracker(values.get("tracker", ""))
-    if values.get("autoattack_tier"): check_installed("pyautoattack", extra="eval")
+    if values.get("autoattack_tier"): needs("eval", "pyautoattack")
 
 # %% ../nbs/07_experiment.ipynb #5c761909
 def _plain(label): return "".join(c if c.isalnum() else "-" for c in label)     # for names of files
@@ -167,6 +168,13 @@ class _Told:
         arms = f"{self.run.arms_done} of {len(getattr(self.run, 'wanted', []))} arms done"
         text = f"{arms}; {self.label}: epoch {row['epoch']} of {self.rows}, about {rest} left"
         if path := os.environ.get("KDNB_PROGRESS"): Path(path).write_text(text, encoding="utf-8")
+        elif self.run.line: self.run.line.update({"text/plain": text}, raw=True)
+
+def _line():    # of text that changes, under a notebook's cell; None elsewhere
+    shell = "IPython" in sys.modules and sys.modules["IPython"].get_ipython()
+    if not hasattr(shell, "kernel"): return None
+    from IPython.display import display
+    return display({"text/plain": "..."}, raw=True, display_id=True)
 
 # %% ../nbs/07_experiment.ipynb #59fde6ef
 def _rows(epochs=0, steps=0, epoch_steps=100, **others):    # of a history
@@ -178,7 +186,7 @@ class _Trainer(_Recipe):
     def __init__(self, notebook: str, namespace: dict):
         super().__init__(notebook, namespace)
         self.networks, self.histories, self.methods, self.given_teacher = {}, {}, {}, {}
-        self.arms_done = 0
+        self.arms_done, self.line = 0, None
 
     def train(
         self, label: str, method, images: Images | None = None, epochs: int = 0, **options
@@ -253,9 +261,11 @@ class _Arms(_Given):
     def train_arms(self) -> None:
         "Train the wanted arms, in the order of the table."
         if self.brought is not None: self.judge(self.brought)
+        self.line = _line()
         for arm in self.wanted:
             self.network(arm)
             self.arms_done += 1
+        if self.line: self.line.update({"text/plain": f"{self.arms_done} arms done"}, raw=True)
 
 # %% ../nbs/07_experiment.ipynb #9478b7c2
 class _Rows(_Arms):

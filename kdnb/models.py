@@ -24,16 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from kdnb.checks import (
-    check_choice,
-    check_installed,
-    check_numbers,
-    describe,
-    logits_of,
-    shown,
-    unknown,
-    write_whole,
-)
+from .checks import check_choice, check_numbers, describe, logits_of, needs, shown, unknown, write_whole
 
 # %% ../nbs/01_models.ipynb #543aaca9
 class Normalize(nn.Module):
@@ -343,9 +334,9 @@ def _plain(layer, kind):  # of this very class, and nobody listens to it
     return type(layer) is kind and not any(getattr(layer, name) for name in hooks)
 
 # %% ../nbs/01_models.ipynb #ba28c181
-def _need(package, extra):  # what only some users have
-    check_installed(package, extra=extra)
-    with warnings.catch_warnings(action="ignore"): return import_module(package)
+def _need(extra, *packages):  # what only some users have; the last of it
+    needs(extra, *packages)
+    with warnings.catch_warnings(action="ignore"): return import_module(packages[-1])
 
 
 def _shelf(source):  # what a library can build for classification
@@ -561,9 +552,7 @@ def export_onnx(
     example: Tensor | None = None,   # images (B, C, H, W), whose shape counts; None: as in model.config
 ) -> float:                          # how far ONNX's logits are from PyTorch's, in largest logits
     "Write a network, BatchNorm folded and for batches of any size, as an ONNX file that was checked."
-    _need("onnx", "onnx")
-    _need("onnxscript", "onnx")
-    runtime = _need("onnxruntime", "onnx")
+    runtime = _need("onnx", "onnx", "onnxscript", "onnxruntime")
     config = _config(getattr(model, "_orig_mod", model))
     if example is None and config: shape = config["in_channels"], config["image_size"], config["image_size"]
     elif getattr(example, "ndim", 0) == 4: shape = example.shape[1:]

@@ -25,7 +25,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import kdnb
-from .checks import check_folder, check_installed, shown, unknown, write_whole
+from .checks import check_folder, needs, shown, unknown, write_whole
 from kdnb.runs import (
     Lesson,
     ResultsTable,
@@ -146,7 +146,7 @@ def run_notebook(
     "Run a lesson: ValueError before any work if the input is bad, RuntimeError if a cell fails."
     name, values, every, out = _planned(name, preset, parameters, folder)
     output = _check_output(output or Path(folder) / out)
-    check_installed("papermill", "ipykernel", extra="run")
+    needs("run", "papermill", "ipykernel")
     cwd = Path(cwd or run_folder()).absolute()
     check_setup(name, values, cwd)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -435,8 +435,9 @@ def _command(args):  # -> exit code
         names = [Lesson(args.name).name] if args.name else [n for n in notebooks() if load_cards(n)]
         table = ResultsTable([r for n in names for r in results_table(n).rows], *names[:1])
         table = table.select(args.preset, args.rows, args.columns)
+        text = _fit(table, args.format)
         if args.plot: plot_results(table, args.plot)
-        print(f"the plot: {args.plot}" if args.plot else _fit(table, args.format))
+        print(f"the plot: {args.plot}" if args.plot else text)
     elif args.command == "predict":
         for path, name, sure in predict_images(args.file, args.images): print(f"{path}: {name} ({sure:.0%})")
     elif args.command == "export":

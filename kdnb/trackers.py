@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .checks import check_choice, check_installed
+from .checks import check_choice, needs
 
 # %% ../nbs/05_trackers.ipynb #a50466c4
 class TensorBoard:
@@ -65,7 +65,7 @@ class MLflow:
     def close(self) -> None: self.client.set_terminated(self.id)
 
 # %% ../nbs/05_trackers.ipynb #ae46dbed
-def _need(tool): check_installed(tool, extra="track" if tool == "tensorboard" else tool)
+def _need(tool): needs("track" if tool == "tensorboard" else tool, tool)
 
 def check_tracker(name: str) -> None:  # "" is none
     "Raise unless the tool is known, and installed."
