@@ -217,7 +217,8 @@ class _Given(_Trainer):
         return load_weights(self.new(name), self.values["teacher_weights"]).eval()
 
     def judge(self, model: nn.Module) -> None:
-        "Say, and keep for the card, how well the given teacher reads; warn if it is near chance."
+        "Say, once, and keep for the card, how well the given teacher reads; warn if it is near chance."
+        if self.given_teacher: return
         file, data = Path(self.values["teacher_weights"]).name, self.data
         found = {"validation": accuracy(model, data.val), "test": accuracy(model, data.test)}
         shares = [f"{100 * share:.1f} % of the {part} images" for part, share in found.items()]

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from conftest import same
 
-from kdnb import checks
+from kdnb import checks, runner
 from kdnb.experiment import Experiment
 from kdnb.kd import KD
 from kdnb.models import create_model, load_model
@@ -238,6 +239,19 @@ def test_a_run_tells_how_far_it_is(tmp_path, monkeypatch):
     assert [path for path, _ in told] == [file] * 4
     assert told[0][1].startswith("0 of 2 arms done; teacher: epoch 1 of 2, about ")
     assert told[3][1] == "1 of 2 arms done; KD: epoch 2 of 2, about 0 s left"
+
+
+def test_a_terminal_shows_how_far_a_run_is(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: True, write=told.append, flush=int))
+    with runner._progress(every=0.01):
+        file = Path(os.environ["KDNB_PROGRESS"])
+        for text in ("1 of 2 arms done", "2 of 2 arms done"):
+            file.write_text(text, encoding="utf-8")
+            end = time.monotonic() + 30
+            while text not in "".join(told) and time.monotonic() < end: time.sleep(0.01)
+    assert "".join(told).split("\n") == ["", "1 of 2 arms done", "", "2 of 2 arms done", ""]
+    assert not file.exists() and "KDNB_PROGRESS" not in os.environ
 
 
 def test_a_notebook_shows_how_far_it_is(monkeypatch):
