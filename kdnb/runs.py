@@ -371,7 +371,8 @@ def _rows(label, cards, paper):  # cards of one protocol, one per seed -> one ro
     names = [*paper, *(name for card in cards for name in card["metrics"] if name[0] != "_")]
     rows = []
     for name in dict.fromkeys(n for n in names if n != "source"):
-        found = {c["seed"]: c["metrics"][name] for c in cards if name in c["metrics"]}
+        having = sorted((c for c in cards if name in c["metrics"]), key=lambda c: c["seed"])
+        found = {c["seed"]: c["metrics"][name] for c in having}
         values = [v * (100 if _is_accuracy(name) else 1) for v in found.values()]
         row, _, column = name.rpartition(" | ") if " | " in name else (name, "", "ours")
         rows.append({"notebook": cards[0]["notebook"], "preset": cards[0]["preset"], "protocol": label,
@@ -380,7 +381,7 @@ def _rows(label, cards, paper):  # cards of one protocol, one per seed -> one ro
                      "paper": paper.get(name), "source": paper.get("source"),
                      "mean": fmean(values) if values else None,
                      "std": stdev(values) if len(values) > 1 else None,
-                     "n": len(values), "seeds": sorted(found),
+                     "n": len(values), "seeds": list(found), "values": values,
                      "device": " / ".join(dict.fromkeys(c["device"] for c in cards)),
                      "minutes": fmean(c["seconds"] for c in cards) / 60,
                      "date": max(c["started"] for c in cards)[:10],
