@@ -116,15 +116,14 @@ class _Part(nn.Module):
         return self.told.to(found).index_copy(0, index, found)
 
 # %% ../nbs/04_evaluation.ipynb #126d01f8
-def _resists(attack, model, target, x, y, search=torch.float32):
+def _resists(attack, model, target, x, y, low=False):
     "Which images of a batch are right after an attack on `target`: (B,) bool, by the model in float32."
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=search == torch.bfloat16):
-        x_adv = _attacked(attack, target, x, y)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=low): x_adv = _attacked(attack, target, x, y)
     return _logits(model, x_adv).argmax(1) == y
 
 def _resists_both(attack, model, target, x, y, classes):
     "The same after two attacks: one in bfloat16; then, for what it left, one in float32 from the same start."
-    with _seeded(): left = _resists(attack, model, target, x, y, torch.bfloat16)
+    with _seeded(): left = _resists(attack, model, target, x, y, low=True)
     told = 20.0 * F.one_hot((y + 1) % classes, classes)
     return left & _resists(attack, model, _Part(target, left, told), x, y)
 
