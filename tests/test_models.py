@@ -21,6 +21,7 @@ from torch import nn
 from kdnb.models import (
     Net,
     Normalize,
+    PadShortcut,
     check_model,
     create_model,
     export_onnx,
@@ -155,6 +156,17 @@ def test_channels_last_and_compile_agree(name):
     traced = torch.compile(model, backend="eager", fullgraph=True)  # one graph, features included
     torch.testing.assert_close(traced(x), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(features(traced, x)[1], maps, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 5)])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_the_shortcut_is_an_index_that_keeps_the_memory_order(size, order):
+    x = torch.randn(2, 4, *size).to(memory_format=order).requires_grad_()
+    wanted = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, 3))
+    found = PadShortcut(3, 2)(x)
+    slope = torch.randn_like(wanted)
+    a, b = (torch.autograd.grad(z, x, slope)[0] for z in (wanted, found))
+    assert found.equal(wanted) and a.equal(b) and b.is_contiguous(memory_format=order)
 
 
 def test_initialisation_leaves_every_stream_alone():
