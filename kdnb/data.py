@@ -407,6 +407,7 @@ class Batches:
         self.images, self.batch_size, self.augment = images, batch_size, augment
         self.shuffle, self.drop_last, self.seed, self.next_epoch = shuffle, drop_last, seed, 0
         self.padding = padding if augment != "none" else 0
+        self.given = (None,) * 4    # of the last batch, unaugmented: x, its version, its rows, the epoch
         padded = F.pad(images.x, [self.padding] * 4)
         if augment == "crop_flip": padded = torch.cat([padded, padded.flip(3)])  # i mirrored is N + i
         self.pixels = padded.permute(0, 2, 3, 1).contiguous()   # (N or 2N, H+2p, W+2p, C)
@@ -429,7 +430,19 @@ class Batches:
         for k in range(start, len(self)):
             first = k * self.batch_size
             share = own_share(first, min(self.batch_size, len(self.images) - first))
-            yield _cut(self, picked[share], shift[share]), self.images.y[order[share]]
+            x, rows = _cut(self, picked[share], shift[share]), order[share]
+            still = self.augment == "none" and not x.is_inference()   # whose changes nobody counts
+            self.given = (x, x._version, rows, epoch) if still else (None,) * 4
+            yield x, self.images.y[rows]
+
+    def moved(self, x: Tensor, there: Tensor) -> None:
+        "Note that x, (B, C, H, W) as an epoch gave it last, goes on as `there`, the same pixels."
+        if x is self.given[0] and x._version == self.given[1]:
+            self.given = there, there._version, *self.given[2:]
+
+    def at(self, start: int, stop: int) -> Tensor:
+        "(B, C, H, W) float32: the images from `start` to `stop`, as unaugmented batches hold them."
+        return _cut(self, torch.arange(start, stop, device=self.pixels.device), None)
 
 # %% ../nbs/00_data.ipynb #6dcfb7ec
 def _plan_epoch(batches, epoch):
