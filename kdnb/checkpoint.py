@@ -134,7 +134,7 @@ def digest(*values) -> str:
     for v in values:
         tensor = isinstance(v, Tensor)
         found.update((f"{v.dtype} {tuple(v.shape)}" if tensor else repr(v)).encode())
-        if tensor: found.update(v.detach().cpu().flatten().view(torch.uint8).numpy())
+        if tensor: found.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return found.hexdigest()[:16]
 
 # %% ../nbs/00_checkpoint.ipynb #1ee24cca

@@ -129,7 +129,7 @@ def weights_of(optimizer: Optimizer) -> list[Tensor]:
     "What an optimiser moves."
     return [p for group in optimizer.param_groups for p in group["params"]]
 
-# %% ../nbs/03_learning.ipynb #627925ac
+# %% ../nbs/03_learning.ipynb #b72c812f
 _MEMORY = ContextVar("memory", default=None)    # of the run that goes on
 
 def frozen_logits(
@@ -142,7 +142,7 @@ def frozen_logits(
         found = memory.find(teacher, x) if memory else None
         return full(logits_of(teacher(x), len(x)) if found is None else found)
 
-# %% ../nbs/03_learning.ipynb #ca72d84e
+# %% ../nbs/03_learning.ipynb #c7bd7542
 @contextmanager
 def remembering(
     batches: object,             # of a run; of others than unaugmented `Batches` nothing is remembered
@@ -160,7 +160,7 @@ def remembering(
     try: yield
     finally: _MEMORY.reset(token)
 
-# %% ../nbs/03_learning.ipynb #2900419d
+# %% ../nbs/03_learning.ipynb #430b062d
 class _Memory:
     "The logits of the first frozen teacher that is asked about `batches`, a row an image."
     def __init__(self, batches):
@@ -206,7 +206,7 @@ class _Memory:
         gap, near = (table[:2] - first).abs().max(), 0.05 if owner[1] else 1e-3
         return table if gap <= near * first.abs().max() else None
 
-# %% ../nbs/03_learning.ipynb #8eab29de
+# %% ../nbs/03_learning.ipynb #20e5df71
 def _parts(network):     # all that its answers can depend on, but for what a tensor holds
     def held(m): return vars(m), m._modules, m._parameters, m._buffers, m._forward_hooks, m._forward_pre_hooks
     return [value for m in network.modules() for each in held(m) for value in each.values()]

@@ -571,6 +571,10 @@ def fit(method, batches: Iterable | None = None, **options) -> History:
     mid-epoch draws its order again from the states, at the epoch's start, of the global streams and its
     `generator`; streams that a data set hides are not known.
 
+    With `remember`, what a method asks a frozen teacher by `frozen_logits` is kept for images that `Batches`
+    does not augment: N K numbers on the device, at most 1 GiB. False: never; True: always, a ValueError for
+    other batches; None: if the run is longer than an epoch, or has a checkpoint to go on from.
+
     Several processes (torchrun) train as one on the same `Batches`, up to the order of sums, but for this:
     BatchNorm sees a process's own images, and validation the first one's statistics, unless `sync_batchnorm`;
     every process draws its own dropout, noise and random starts of attacks; what a method picks among the
