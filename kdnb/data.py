@@ -392,6 +392,8 @@ def load_data(
 class Batches:
     "Shuffled, augmented batches of floats in [0, 1], cut on the device; a function of (seed, epoch)."
 
+    given = (None,) * 4    # of the last batch, if it is not augmented: x, its version, its rows, the epoch
+
     def __init__(
         self,
         images: Images,           # on any device; batches live there too
@@ -407,7 +409,6 @@ class Batches:
         self.images, self.batch_size, self.augment = images, batch_size, augment
         self.shuffle, self.drop_last, self.seed, self.next_epoch = shuffle, drop_last, seed, 0
         self.padding = padding if augment != "none" else 0
-        self.given = (None,) * 4    # of the last batch, unaugmented: x, its version, its rows, the epoch
         padded = F.pad(images.x, [self.padding] * 4)
         if augment == "crop_flip": padded = torch.cat([padded, padded.flip(3)])  # i mirrored is N + i
         self.pixels = padded.permute(0, 2, 3, 1).contiguous()   # (N or 2N, H+2p, W+2p, C)
