@@ -161,12 +161,27 @@ def remembering(
     finally: _MEMORY.reset(token)
 
 # %% ../nbs/03_learning.ipynb #430b062d
-class _Memory:
+class _Table:
     "The logits of the first frozen teacher that is asked about `batches`, a row an image."
     def __init__(self, batches):
         share = own_share(0, min(batches.batch_size, len(batches.images)))
         self.batches, self.size, self.owner, self.table = batches, share.stop - share.start, None, None
 
+    def _ask(self, teacher, x, start, stop):    # `forward` compiles nothing
+        pixels = self.batches.at(start, stop).to(x)
+        return logits_of(teacher.forward(pixels), len(pixels))
+
+    def _ask_all(self, owner, x, first, n):     # None: too large, or an answer depends on the other images
+        if first[:1].nbytes * n > 2**30: return None
+        table = first.new_empty(n, first.shape[1])
+        for start in [*range(0, n - self.size, self.size), n - self.size]:
+            table[start:start + self.size] = self._ask(owner[0], x, start, start + self.size)
+        gap, near = (table[:2] - first).abs().max(), 0.05 if owner[1] else 1e-3
+        return table if gap <= near * first.abs().max() else None
+
+# %% ../nbs/03_learning.ipynb #266c4343
+class _Memory(_Table):
+    "Knows when the table holds."
     def find(self, teacher, x):   # (B, K); None: the teacher must be asked
         given, version, rows, epoch = self.batches.given
         if x is not given or x._version != version: return None
@@ -194,23 +209,12 @@ class _Memory:
         self.tensors, self.versions = tensors, [t._version for t in tensors]
         return self.table is not None
 
-    def _ask(self, teacher, x, start, stop):    # `forward` compiles nothing
-        pixels = self.batches.at(start, stop).to(x)
-        return logits_of(teacher.forward(pixels), len(pixels))
-
-    def _ask_all(self, owner, x, first, n):     # None: too large, or an answer depends on the other images
-        if first[:1].nbytes * n > 2**30: return None
-        table = first.new_empty(n, first.shape[1])
-        for start in [*range(0, n - self.size, self.size), n - self.size]:
-            table[start:start + self.size] = self._ask(owner[0], x, start, start + self.size)
-        gap, near = (table[:2] - first).abs().max(), 0.05 if owner[1] else 1e-3
-        return table if gap <= near * first.abs().max() else None
-
 # %% ../nbs/03_learning.ipynb #20e5df71
 def _parts(network):     # all that its answers can depend on, but for what a tensor holds
     def held(m): return vars(m), m._modules, m._parameters, m._buffers, m._forward_hooks, m._forward_pre_hooks
     return [value for m in network.modules() for each in held(m) for value in each.values()]
 
+# %% ../nbs/03_learning.ipynb #a2872589
 def _frozen(network, tensors):
     loose = (m.training or m._forward_hooks or m._forward_pre_hooks for m in network.modules())
     script = (isinstance(m, torch.jit.ScriptModule) for m in network.modules())    # its weights are hidden

@@ -113,6 +113,14 @@ def test_a_teacher_is_asked_once_about_each_image():
         assert set(asked.calls) == {32}, plan
 
 
+@pytest.mark.parametrize("sees, more", [("clean", 0), ("adversarial", 9)])
+def test_a_teacher_is_asked_about_every_attacked_image(sees, more):
+    asked, attack = Asked(), partial(pgd, eps=0.1, step_size=0.05, steps=1)
+    method = ARD(net(0), asked.net, attack=attack, teacher_sees=sees, **STEP)
+    fit(method, Batches(pictures(), 32), epochs=3, progress="off")
+    assert sorted(asked.calls) == [2] * 3 + [32] * (3 + more)
+
+
 def test_the_last_batch_may_be_smaller():
     asked, batches = Asked(), Batches(pictures(70), 32, drop_last=False)
     with remembering(batches):
