@@ -16,7 +16,7 @@ from .attacks import frozen
 from .checks import check_alike, check_apart, check_choice, check_logits, check_numbers, full, logits_of
 from .features import stages_in_words, to_smallest
 from .kd import kd_loss
-from .learning import freeze, learning, move, train_mode, update, weights_of
+from .learning import freeze, frozen_logits, learning, move, train_mode, update, weights_of
 from .models import features, seeded
 
 # %% ../nbs/23_afd.ipynb #480a9ab2
@@ -81,7 +81,9 @@ class DML:
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         "One update of all that learn, on x (B, C, H, W) in [0, 1], y (B,); peers' answers are constants."
-        losses = self._logit_losses([logits_of(net(x), len(x)) for net in self.networks], y)
+        logits = [logits_of(net(x), len(x)) if k in self.peers else frozen_logits(net, x)
+                  for k, net in enumerate(self.networks)]
+        losses = self._logit_losses(logits, y)
         update(self.optimizer, sum(losses), self.clip)
         return _named(self.peers, losses)
 

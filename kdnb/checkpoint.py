@@ -134,7 +134,7 @@ def digest(*values) -> str:
     for v in values:
         tensor = isinstance(v, Tensor)
         found.update((f"{v.dtype} {tuple(v.shape)}" if tensor else repr(v)).encode())
-        if tensor: found.update(v.detach().cpu().flatten().view(torch.uint8).numpy())
+        if tensor: found.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return found.hexdigest()[:16]
 
 # %% ../nbs/00_checkpoint.ipynb #1ee24cca
@@ -149,7 +149,7 @@ def _identity(run) -> dict:
 # %% ../nbs/00_checkpoint.ipynb #83d2d59c
 def _data_identity(run) -> dict:
     batches = run.batches
-    if hasattr(batches, "epoch"): kept = vars(batches).keys() - {"pixels", "next_epoch"}
+    if hasattr(batches, "epoch"): kept = vars(batches).keys() - {"pixels", "next_epoch", "given"}
     else: kept = ("batch_size", "drop_last", "dataset")
     if not isinstance(batches, list | tuple): batches = {k: getattr(batches, k, None) for k in sorted(kept)}
     images = run.validate if hasattr(run.validate, "classes") else None

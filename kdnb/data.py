@@ -388,8 +388,22 @@ def load_data(
     label = folder.name if name.startswith("folder:") else name
     return _assemble(label, train, test, val_fraction, split_seed, split, sha256).to(device)
 
+# %% ../nbs/00_data.ipynb #e1082369
+class _Told:
+    "What there is to know of the last batch."
+    given = (None,) * 4    # if it is not augmented: x, its version, its rows, the epoch
+
+    def moved(self, x: Tensor, there: Tensor) -> None:
+        "Note that x, (B, C, H, W) as an epoch gave it last, goes on as `there`, the same pixels."
+        if x is self.given[0] and x._version == self.given[1]:
+            self.given = there, there._version, *self.given[2:]
+
+    def at(self, start: int, stop: int) -> Tensor:
+        "(B, C, H, W) float32: the images from `start` to `stop`, as unaugmented batches hold them."
+        return _cut(self, torch.arange(start, stop, device=self.pixels.device), None)
+
 # %% ../nbs/00_data.ipynb #4752da4e
-class Batches:
+class Batches(_Told):
     "Shuffled, augmented batches of floats in [0, 1], cut on the device; a function of (seed, epoch)."
 
     def __init__(
@@ -429,7 +443,10 @@ class Batches:
         for k in range(start, len(self)):
             first = k * self.batch_size
             share = own_share(first, min(self.batch_size, len(self.images) - first))
-            yield _cut(self, picked[share], shift[share]), self.images.y[order[share]]
+            x, rows = _cut(self, picked[share], shift[share]), order[share]
+            still = self.augment == "none" and not x.is_inference()   # whose changes nobody counts
+            self.given = (x, x._version, rows, epoch) if still else (None,) * 4
+            yield x, self.images.y[rows]
 
 # %% ../nbs/00_data.ipynb #6dcfb7ec
 def _plan_epoch(batches, epoch):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .attacks import frozen
 from .checks import check_alike, check_choice, check_numbers, full, logits_of, shown
-from .learning import freeze, learning, train_mode, update
+from .learning import freeze, frozen_logits, learning, train_mode, update
 from .models import features, seeded
 
 # %% ../nbs/11_features.ipynb #b11bed32
@@ -221,8 +221,9 @@ def _feature_kd_step(method, x, y):  # a part of weight 0 gives no gradient; sof
         logits, maps = features(model, x, layers) if weights["transfer"] else (model(x), None)
         return full(logits_of(logits, len(x))), maps
 
-    if weights["soft"] or weights["transfer"]:
+    if weights["transfer"]:
         with torch.no_grad(): teacher_logits, theirs = answer(method.teacher, method.layers[1])
+    elif weights["soft"]: teacher_logits = frozen_logits(method.teacher, x)
     logits, ours = answer(method.student, method.layers[0])
     parts = {"hard": F.cross_entropy(logits, y)}
     parts["soft"] = method.soft(logits, teacher_logits) if weights["soft"] else logits.new_zeros(())
