@@ -185,7 +185,7 @@ def _restore(run, saved, changed) -> None:
         if isinstance(old, nn.Parameter): old.data.copy_(value)
         elif isinstance(value, Tensor): setattr(run.method, key, value.to(getattr(old, "device", run.device)))
         elif value is not None: setattr(run.method, key, value)
-    vars(run.history).update(saved["history"] | {"rows": _unpacked(saved["history"]["rows"])})
+    vars(run.history).update(_unpacked(saved["history"]))
     run.losses.sums, run.losses.count = saved["losses"]
     run.done.update(saved["done"])
     run.history.earlier_seconds = run.done["seconds"]
@@ -199,13 +199,13 @@ def _trained(run) -> list[Tensor]:
     return [p for o in optimizers for group in o.param_groups for p in group["params"]]
 
 # %% ../nbs/00_checkpoint.ipynb #c14e5317
-def _packed(rows) -> list:  # [(which rows, {name: their values})] for each set of names
-    alike, packed = {}, []
+def _packed(history) -> dict:  # with rows as [(which, {name: their values})] for each set of names
+    alike, packed, rows = {}, [], history["rows"]
     for k, names in enumerate(map(tuple, rows)): alike.setdefault(names, []).append(k)
     for names, which in alike.items():
         own = [rows[k] for k in which]
         packed.append((torch.tensor(which), {name: _column([*map(itemgetter(name), own)]) for name in names}))
-    return packed
+    return history | {"rows": packed}
 
 def _column(values):
     kinds = {*map(type, values)}
@@ -215,14 +215,14 @@ def _column(values):
     except OverflowError: pass
     return values
 
-def _unpacked(packed) -> list:
-    if packed and isinstance(packed[0], dict): return packed    # rows, as older checkpoints have them
-    found = {}
+def _unpacked(history) -> dict:
+    found, packed = {}, history["rows"]
+    if packed and isinstance(packed[0], dict): return history   # rows as they are, of older checkpoints
     for which, columns in packed:
         values = [v.tolist() if isinstance(v, Tensor) else v for v in columns.values()]
         for k, *row in zip(which.tolist(), *values, strict=True):
             found[k] = dict(zip(columns, row, strict=True))
-    return [found[k] for k in sorted(found)]
+    return history | {"rows": [found[k] for k in sorted(found)]}
 
 # %% ../nbs/00_checkpoint.ipynb #857338b6
 class Checkpoint:
@@ -245,15 +245,13 @@ class Checkpoint:
         keys = (now | self.identity).keys() - self.data.keys()
         self.moved |= {k for k in keys if now.get(k) != self.identity.get(k)}
         content = {
-            "identity": self.identity, "done": run.done, "random": states,
-            "history": vars(run.history) | {"rows": _packed(run.history.rows)},
-            "parts": {k: v.state_dict() for k, v in stateful(run.method).items()},
+            "identity": self.identity, "done": run.done, "history": _packed(vars(run.history)),
+            "random": states, "parts": {k: v.state_dict() for k, v in stateful(run.method).items()},
             "losses": (run.losses.sums, run.losses.count), "gradients": [p.grad for p in _trained(run)],
             "moved": {k: _kept(vars(run.method).get(k), now.get(k)) for k in self.moved},
         }
         torch.save(content, buffer := io.BytesIO())
-        buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
-        write_whole(self.path, buffer.getvalue())
+        write_whole(self.path, buffer.getvalue() + hashlib.sha256(buffer.getbuffer()).digest())
 
     def load(self) -> None:
         if not self.path: return

@@ -471,7 +471,7 @@ def test_more_done_than_asked_is_said(tmp_path):
 def older(file):
     "The same checkpoint as it was once written: rows as dicts, streams of Python and NumPy as plain numbers."
     saved = torch.load(file)
-    saved["history"]["rows"] = _unpacked(saved["history"]["rows"])
+    saved["history"] = _unpacked(saved["history"])
     for states in saved["random"]:
         for name in ("python", "numpy"):
             states[name] = tuple(v.tolist() if isinstance(v, torch.Tensor) else v for v in states[name])
