@@ -610,6 +610,7 @@ d = { 'settings': { 'branch': 'main',
                               'kdnb.workers._wait': ('workers.html#_wait', 'kdnb/workers.py'),
                               'kdnb.workers.check_setup': ('workers.html#check_setup', 'kdnb/workers.py'),
                               'kdnb.workers.hear': ('workers.html#hear', 'kdnb/workers.py'),
+                              'kdnb.workers.keep_heap': ('workers.html#keep_heap', 'kdnb/workers.py'),
                               'kdnb.workers.run_folder': ('workers.html#run_folder', 'kdnb/workers.py'),
                               'kdnb.workers.run_here': ('workers.html#run_here', 'kdnb/workers.py'),
                               'kdnb.workers.run_on_ray': ('workers.html#run_on_ray', 'kdnb/workers.py')}}}
