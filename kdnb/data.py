@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_choice, check_labels, check_numbers, check_pixels, unknown, write_whole
@@ -421,9 +420,7 @@ class Batches(_Told):
         self.images, self.batch_size, self.augment = images, batch_size, augment
         self.shuffle, self.drop_last, self.seed, self.next_epoch = shuffle, drop_last, seed, 0
         self.padding = padding if augment != "none" else 0
-        padded = F.pad(images.x, [self.padding] * 4)
-        if augment == "crop_flip": padded = torch.cat([padded, padded.flip(3)])  # i mirrored is N + i
-        self.pixels = padded.permute(0, 2, 3, 1).contiguous()   # (N or 2N, H+2p, W+2p, C)
+        self.pixels = _bordered(images.x, self.padding, augment == "crop_flip")
 
     def __len__(self):
         whole, rest = divmod(len(self.images), self.batch_size)
@@ -447,6 +444,17 @@ class Batches(_Told):
             still = self.augment == "none" and not x.is_inference()   # whose changes nobody counts
             self.given = (x, x._version, rows, epoch) if still else (None,) * 4
             yield x, self.images.y[rows]
+
+# %% ../nbs/00_data.ipynb #510a4e6e
+def _bordered(x, p, mirrored):
+    "(N or 2N, H+2p, W+2p, C) bytes, black around; i mirrored is N + i. In pieces, so no second copy is held."
+    n, c, h, w = x.shape
+    pixels = x.new_zeros(1 + mirrored, n, h + 2 * p, w + 2 * p, c)
+    for k in range(0, n, 256):
+        piece = x[k:k + 256].permute(0, 2, 3, 1).contiguous()
+        pixels[0, k:k + 256, p:p + h, p:p + w] = piece
+        if mirrored: pixels[1, k:k + 256, p:p + h, p:p + w] = piece.flip(2)
+    return pixels.flatten(0, 1)
 
 # %% ../nbs/00_data.ipynb #6dcfb7ec
 def _plan_epoch(batches, epoch):

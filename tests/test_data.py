@@ -5,6 +5,8 @@ import hashlib
 import os
 import shutil
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -310,3 +312,37 @@ def test_every_image_once_an_epoch(n, size, drop_last, augment):
     assert len(seen) == (n // size * size if drop_last else n)
     if augment == "none":
         assert all(x.equal(images.floats(y)) for x, y in batches.epoch(4))
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 600])
+@pytest.mark.parametrize("augment", ["none", "crop", "crop_flip"])
+def test_padded_pixels_are_those_of_the_plain_recipe(count, augment):
+    x = torch.randint(0, 256, (count, 3, 5, 7), dtype=torch.uint8)
+    images = Images(x.transpose(2, 3), torch.zeros(count), ("a",))      # in any layout
+    made = Batches(images, 1, augment=augment, padding=2).pixels
+    padded = torch.nn.functional.pad(images.x, [0 if augment == "none" else 2] * 4)
+    if augment == "crop_flip":
+        padded = torch.cat([padded, padded.flip(3)])
+    assert made.is_contiguous() and made.equal(padded.permute(0, 2, 3, 1))
+
+
+PEAK = """
+import re, sys, torch
+from kdnb.data import Batches, Images
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+
+x = torch.randint(0, 256, (20000, 3, 32, 32), dtype=torch.uint8)
+images = Images(x, torch.zeros(len(x)), ("a",))
+Batches(images.first(300), 1, augment="crop_flip")
+before = peak()
+batches = Batches(images, 1, augment="crop_flip")
+print((peak() - before) / batches.pixels.numel())
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak is read from Linux's /proc")
+def test_batches_take_no_more_memory_than_they_keep():
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    assert 0.5 < float(done.stdout) < 1.1      # whole copies, padded and permuted, took 2
