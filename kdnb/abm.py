@@ -21,7 +21,7 @@ from .data import own_share
 from .features import attention_loss, match_layers
 from .kd import kd_loss
 from .learning import freeze, train_mode, update
-from .models import Normalize, features, fold_batchnorm, seeded
+from .models import Normalize, features, seeded
 
 # %% ../nbs/21_abm.ipynb #7eb79637
 def _variant(name, generator_lr, clip):
@@ -203,7 +203,7 @@ class ABM(_Game):
         batch_size: int = 128, lr: float = 2e-3,   # images a step of the whole run; the student's Adam rate
         generator_lr: float | None = None,   # Adam's rate for the generator; None: 2e-3, official 1e-3
         clip: float | None = None,     # longest gradient of a network, > 0; None: infinite, official 5
-        fold: bool = True, alarm: bool = True,   # a faster teacher (unless named); `CollapseAlarm` stops
+        fold: bool = True, alarm: bool = True,   # a faster copy of the teacher; `CollapseAlarm` stops
     ):
         generator_lr, clip, self.loss = _variant(variant, generator_lr, clip)
         check_numbers("> 0", lr=lr, generator_lr=generator_lr, **{} if clip == math.inf else {"clip": clip})
@@ -215,9 +215,8 @@ class ABM(_Game):
         self.layers = [student_layers, teacher_layers]
         self.generator_steps, self.student_steps, self.batch_size = generator_steps, student_steps, batch_size
         self.steps, self.clip, self.generator = steps, clip, generator
-        self.teacher = freeze(teacher, student, generator)
+        self.teacher = freeze(teacher, student, generator, fold=fold, keep=teacher_layers)
         self.student = train_mode(student, generator)
-        if fold and not (teacher_layers and beta): self.teacher = fold_batchnorm(teacher)
         self.alarm = CollapseAlarm(self._try_out(), alarm)
         self.optimizer, self.generator_optimizer = _adam(student, lr), _adam(generator, generator_lr)
         moving = [self.optimizer] + [self.generator_optimizer] * bool(generator_steps)

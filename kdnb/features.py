@@ -185,6 +185,7 @@ class FeatureKD:
         soft: Callable | None = None,  # (student_logits, teacher_logits) -> scalar, as kdnb.kd.kd_loss
         alpha: float = 0.0,            # in [0, 1]: weight of `soft`; 1 - alpha is that of the labels
         pretrain_epochs: int = 0,      # >= 0: first so many epochs on maps alone, then none; 0: all at once
+        fold: bool = True,             # ask a copy of the teacher with BatchNorm folded in: the same maps
         **recipe,                      # lr, momentum, weight_decay, optimizer, schedule, clip: see `learning`
     ):
         check_numbers(">= 0", beta=beta)
@@ -192,9 +193,9 @@ class FeatureKD:
         check_numbers("whole >= 0", pretrain_epochs=pretrain_epochs)
         if alpha and soft is None: raise ValueError("alpha > 0 needs soft, such as kdnb.kd.kd_loss")
         if pretrain_epochs and not beta: raise ValueError("pretrain_epochs needs beta > 0")
-        self.student = train_mode(student)
-        self.teacher = freeze(teacher, student)
         self.transfer, self.layers, self.beta = transfer, _named(student_layers, teacher_layers), beta
+        self.student = train_mode(student)
+        self.teacher = freeze(teacher, student, fold=fold, keep=self.layers[1])
         self.soft, self.alpha, self.pretrain_epochs = soft, alpha, pretrain_epochs
         self.start_epoch(0)
         learns = [student, transfer] if isinstance(transfer, nn.Module) else [student]

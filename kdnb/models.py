@@ -313,6 +313,7 @@ def features(
 # %% ../nbs/01_models.ipynb #845b7d3b
 def fold_batchnorm(
     model: nn.Module,  # any; left as it is
+    keep=(),           # a name or names: layers that stay as they are
 ) -> nn.Module:        # a frozen copy in evaluation mode; the same answers up to rounding
     "A copy in which each Conv2d with a BatchNorm2d right behind it in a Sequential is one Conv2d."
     if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
@@ -321,17 +322,18 @@ def fold_batchnorm(
     except RuntimeError as error:  # weights that a hook computes, as those of the old weight_norm
         raise ValueError("this network cannot be copied, so not be folded; leave it as it is: fold=False, "
                          f"fast=False ({shown(str(error))})") from None
+    names = [keep] if isinstance(keep, str) else keep or ()
+    kept = {m for n, m in model.named_modules() if n.removeprefix("_orig_mod.") in names}
+    def plain(layer, kind):  # of this very class, and nobody listens to it
+        heard = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+        return type(layer) is kind and not heard and layer not in kept
+
     for block in [m for m in model.modules() if type(m).forward is nn.Sequential.forward]:
         for (name, layer), (after, norm) in pairwise(list(block._modules.items())):
-            if _plain(layer, nn.Conv2d) and _plain(norm, nn.BatchNorm2d) and norm.running_var is not None:
+            if plain(layer, nn.Conv2d) and plain(norm, nn.BatchNorm2d) and norm.running_var is not None:
                 setattr(block, name, fuse_conv_bn_eval(layer, norm))
                 setattr(block, after, nn.Identity())
     return model.eval().requires_grad_(False)
-
-
-def _plain(layer, kind):  # of this very class, and nobody listens to it
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
-    return type(layer) is kind and not any(getattr(layer, name) for name in hooks)
 
 # %% ../nbs/01_models.ipynb #ba28c181
 def _need(package, extra):  # what only some users have
