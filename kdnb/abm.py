@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from .attacks import frozen
-from .checks import check_alike, check_choice, check_labels, check_numbers, full, logits_of
+from .checks import check_alike, check_choice, check_labels, check_numbers, full, logits_of, sides
 from .data import own_share
 from .features import attention_loss, match_layers
 from .kd import kd_loss
@@ -35,23 +35,26 @@ def _adam(net, lr): return torch.optim.Adam(net.parameters(), lr, fused=True)
 
 # %% ../nbs/21_abm.ipynb #1a87304d
 class Generator(nn.Module):
-    "Noise (B, z_size) to images (B, C, S, S) that come out of `Normalize` standardised (official code)."
+    "Noise (B, z_size) to images (B, C, H, W) that come out of `Normalize` standardised (official code)."
     # mean, std: of the networks' training images, C numbers, or None for 0 and 1
+    # image_size: S for S x S or (H, W), multiples of 4
     # seed: initialisation of its own; None draws from torch's global generator
-    def __init__(self, z_size: int = 100, channels: int = 3, image_size: int = 32, mean=None, std=None,
+    def __init__(self, z_size: int = 100, channels: int = 3, image_size=32, mean=None, std=None,
                  seed: int | None = None):
         super().__init__()
-        check_numbers("whole >= 1", z_size=z_size, channels=channels, image_size=image_size)
-        if image_size % 4: raise ValueError(f"image_size must be a multiple of 4, got {image_size}")
-        self.z_size, self.small = z_size, image_size // 4
+        check_numbers("whole >= 1", z_size=z_size, channels=channels)
+        height, width = sides(">= 1", image_size=image_size)
+        if height % 4 or width % 4:
+            raise ValueError(f"image_size must be multiples of 4, got {height} x {width}")
+        self.z_size, self.small = z_size, (height // 4, width // 4)
         self.pixels = Normalize(mean, std, channels)     # to be undone
         with seeded(seed):
-            self.linear = nn.Linear(z_size, 128 * self.small**2)
+            self.linear = nn.Linear(z_size, 128 * math.prod(self.small))
             self.layers = nn.Sequential(nn.BatchNorm2d(128), *_larger(128, 128), *_larger(128, 64),
                                         nn.Conv2d(64, channels, 3, padding=1), nn.BatchNorm2d(channels))
 
-    def forward(self, z: Tensor) -> Tensor:  # (B, z_size) to (B, C, S, S), not cut to [0, 1]; gradient flows
-        x = self.layers(self.linear(z).view(-1, 128, self.small, self.small))
+    def forward(self, z: Tensor) -> Tensor:  # (B, z_size) to (B, C, H, W), not cut to [0, 1]; gradient flows
+        x = self.layers(self.linear(z).view(-1, 128, *self.small))
         return x * self.pixels.std + self.pixels.mean
 
 # %% ../nbs/21_abm.ipynb #fdfbff9a

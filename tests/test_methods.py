@@ -14,7 +14,7 @@ from typing import get_args
 
 import pytest
 import torch
-from conftest import batch
+from conftest import batch, stream
 from torch import nn
 from torch.utils._pytree import tree_map
 
@@ -64,7 +64,7 @@ def fitnet(student, teacher, **more):
 
 
 def abm(student, teacher, **more):
-    generator = Generator(6, 1, 8, seed=2).to(next(student.parameters()).dtype)
+    generator = Generator(6, 1, batch(2)[0].shape[2:], seed=2).to(next(student.parameters()).dtype)
     sizes = dict(steps=4, batch_size=8, student_steps=2)
     return ABM(student, teacher, generator, **sizes | more)
 
@@ -221,6 +221,20 @@ def test_a_folded_teacher_makes_the_same_step(name, layers):
         found.append((method.step(x.double(), y), method.student.state_dict()))
     for a, b in zip(*found, strict=True):
         for key in a: torch.testing.assert_close(a[key], b[key], rtol=1e-6, atol=1e-8, msg=f"{name}: {key}")
+
+
+@pytest.mark.parametrize("kinds", ["resnet8 wrn_16_1", "mlp_40 mlp_40"])
+@each_method
+def test_images_need_not_be_square(name, kinds, monkeypatch):
+    "Twelve pixels high and twenty wide; only what reads maps refuses a network that has none."
+    x, y = torch.rand(6, 1, 12, 20, generator=stream(1)), torch.arange(6) % 4
+    monkeypatch.setitem(globals(), "batch", lambda n=6: (x[:n], y[:n]))
+    shape = dict(SHAPE, image_size=(12, 20))
+    networks = [create_model(kind, **shape, seed=seed) for seed, kind in enumerate(kinds.split())]
+    try: found = METHODS[name][1](*networks).step(x, y)
+    except ValueError as error:
+        assert "mlp" in kinds and str(error).startswith(("maps must be", "FSP needs at least 2 layers"))
+    else: assert found["loss"].isfinite()
 
 
 ROLES = [(name, "student") for name in METHODS] + [(name, "teacher") for name in PAIRS]

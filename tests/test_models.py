@@ -261,6 +261,27 @@ def gap(a, b):
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
 
 
+@pytest.mark.parametrize("name", ["mlp_9", "resnet8", "mobilenet_v2", "timm:vit_tiny_patch16_224"])
+def test_images_need_not_be_square(name, tmp_path):
+    "Height first; a network that reads one size refuses the turned one, and equal sides are one number."
+    model, x = create_model(name, 4, image_size=(32, 48), seed=0).eval(), torch.rand(2, 3, 32, 48)
+    assert model.config["image_size"] == (32, 48) and model(x).shape == (2, 4)
+    save_model(model, tmp_path / "net")
+    again = load_model(tmp_path / "net")
+    assert again.config == model.config and again(x).equal(model(x))
+    assert create_model(name, 4, image_size=(32, 32), seed=0).config["image_size"] == 32
+    if "mlp" in name or "vit" in name:
+        with pytest.raises(ValueError, match=r"shape \(B, 3, 32, 48\), got .* \(2, 3, 48, 32\)"): model(x.mT)
+    else: assert model(x.mT).shape == (2, 4)
+
+
+def test_what_reads_squares_alone_says_so():
+    with pytest.raises(ValueError, match="vit_b_16 cannot .*: 'its images are square, got 32 x 48'"):
+        create_model("torchvision:vit_b_16", image_size=(32, 48))
+    with pytest.raises(ValueError, match=r"image_size must be a whole number in .*, or two .* got '32'"):
+        create_model("resnet8", image_size="32")
+
+
 @pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "resnet18", "torchvision:mobilenet_v2"])
 @torch.no_grad()
 def test_maps_of_a_folded_network_are_the_same(name):
