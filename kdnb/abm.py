@@ -36,17 +36,14 @@ def _adam(net, lr): return torch.optim.Adam(net.parameters(), lr, fused=True)
 # %% ../nbs/21_abm.ipynb #1a87304d
 class Generator(nn.Module):
     "Noise (B, z_size) to images (B, C, H, W) that come out of `Normalize` standardised (official code)."
-    # mean, std: of the networks' training images, C numbers, or None for 0 and 1
-    # image_size: S for S x S or (H, W), multiples of 4
+    # image_size: S or (H, W), multiples of 4; mean, std: of the training images, C numbers, None: 0 and 1
     # seed: initialisation of its own; None draws from torch's global generator
-    def __init__(self, z_size: int = 100, channels: int = 3, image_size=32, mean=None, std=None,
-                 seed: int | None = None):
+    def __init__(self, z_size: int = 100, channels: int = 3, image_size=32, mean=None, std=None, seed=None):
         super().__init__()
         check_numbers("whole >= 1", z_size=z_size, channels=channels)
-        height, width = sides(">= 1", image_size=image_size)
-        if height % 4 or width % 4:
-            raise ValueError(f"image_size must be multiples of 4, got {height} x {width}")
-        self.z_size, self.small = z_size, (height // 4, width // 4)
+        size = sides(">= 1", image_size=image_size)
+        if any(n % 4 for n in size): raise ValueError(f"image_size must be multiples of 4, got {image_size}")
+        self.z_size, self.small = z_size, [n // 4 for n in size]
         self.pixels = Normalize(mean, std, channels)     # to be undone
         with seeded(seed):
             self.linear = nn.Linear(z_size, 128 * math.prod(self.small))
