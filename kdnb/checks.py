@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['shown', 'describe', 'check_numbers', 'compiling', 'sides', 'check_choice', 'unknown', 'check_alike', 'check_logits',
-           'logits_of', 'check_pixels', 'check_labels', 'check_apart', 'full', 'kl_terms', 'check_folder',
+           'logits_of', 'check_pixels', 'check_labels', 'check_apart', 'full', 'kl_terms', 'check_folder', 'needs',
            'write_whole']
 
 # %% ../nbs/00_checks.ipynb #b730beea
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -203,6 +204,16 @@ def check_folder(path: str | Path, name: str = "folder") -> None:
     there = next(p for p in (path, *path.parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"{name} must be a folder that can be written, got {shown(str(path))}")
+
+# %% ../nbs/00_checks.ipynb #ef9af08c
+def needs(
+    extra: str,         # what installs them: kdnb[extra]
+    *packages: str,     # as Python imports them; nothing is imported here
+) -> None:
+    "Raise ImportError, which names the extra, unless its packages are there."
+    for package in packages:
+        if not find_spec(package):
+            raise ImportError(f"{package} is not installed: pip install 'kdnb[{extra}]'")
 
 # %% ../nbs/00_checks.ipynb #942c6231
 def write_whole(

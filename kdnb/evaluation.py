@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +24,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attacks import ask, attack_name, check_ball, cut_pixels, fgsm, frozen, pgd, project
-from .checks import check_alike, check_choice, check_labels, check_numbers, describe, shown, write_whole
+from kdnb.checks import (
+    check_alike,
+    check_choice,
+    check_labels,
+    check_numbers,
+    describe,
+    needs,
+    shown,
+    write_whole,
+)
 from .data import Images
 from .models import fold_batchnorm
 
@@ -170,8 +178,7 @@ class Verdict:
 # %% ../nbs/04_evaluation.ipynb #341409c6
 def _check_tier(tier):
     check_choice(_TIERS, tier=tier)
-    if not find_spec("pyautoattack"):
-        raise ImportError("autoattack needs pyautoattack: pip install 'kdnb[eval]'")
+    needs("eval", "pyautoattack")
 
 # %% ../nbs/04_evaluation.ipynb #65cd3b2e
 def _only_unbroken(attack):

@@ -8,18 +8,18 @@ __all__ = ['TEACHER', 'STUDENT', 'CONTROL', 'SAMPLES', 'begin', 'dots', 'network
 # %% ../nbs/07_experiment.ipynb #90848df6
 import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable
 from functools import cached_property, partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR, MultiStepLR
 
-from .checks import check_folder, check_numbers, shown, unknown
+from .checks import check_folder, check_numbers, needs, shown, unknown
 from .data import Batches, Data, Images, check_data, load_data
 from .models import check_model, create_model, load_weights, save_model
 from kdnb.runs import (
@@ -121,9 +121,7 @@ def _check_world(notebook, values):  # models, data, folders: what the parameter
     for name in ("results", "checkpoints", "save"):
         if values.get(name): check_folder(values[name], name)
     check_tracker(values.get("tracker", ""))
-    if values.get("autoattack_tier") and not find_spec("pyautoattack"):
-        how = "pip install 'kdnb[eval]', or set autoattack_tier to ''"
-        raise ValueError(f"AutoAttack needs pyautoattack: {how}")
+    if values.get("autoattack_tier"): needs("eval", "pyautoattack")
 
 # %% ../nbs/07_experiment.ipynb #5c761909
 def _plain(label): return "".join(c if c.isalnum() else "-" for c in label)     # for names of files
@@ -170,6 +168,13 @@ class _Told:
         arms = f"{self.run.arms_done} of {len(getattr(self.run, 'wanted', []))} arms done"
         text = f"{arms}; {self.label}: epoch {row['epoch']} of {self.rows}, about {rest} left"
         if path := os.environ.get("KDNB_PROGRESS"): Path(path).write_text(text, encoding="utf-8")
+        elif self.run.line: self.run.line.update({"text/plain": text}, raw=True)
+
+def _line():    # of text that changes, under a notebook's cell; None elsewhere
+    shell = "IPython" in sys.modules and sys.modules["IPython"].get_ipython()
+    if not hasattr(shell, "kernel"): return None
+    from IPython.display import display
+    return display({"text/plain": "..."}, raw=True, display_id=True)
 
 # %% ../nbs/07_experiment.ipynb #59fde6ef
 def _rows(epochs=0, steps=0, epoch_steps=100, **others):    # of a history
@@ -181,7 +186,7 @@ class _Trainer(_Recipe):
     def __init__(self, notebook: str, namespace: dict):
         super().__init__(notebook, namespace)
         self.networks, self.histories, self.methods, self.given_teacher = {}, {}, {}, {}
-        self.arms_done = 0
+        self.arms_done, self.line = 0, None
 
     def train(
         self, label: str, method, images: Images | None = None, epochs: int = 0, **options
@@ -212,7 +217,8 @@ class _Given(_Trainer):
         return load_weights(self.new(name), self.values["teacher_weights"]).eval()
 
     def judge(self, model: nn.Module) -> None:
-        "Say, and keep for the card, how well the given teacher reads; warn if it is near chance."
+        "Say, once, and keep for the card, how well the given teacher reads; warn if it is near chance."
+        if self.given_teacher: return
         file, data = Path(self.values["teacher_weights"]).name, self.data
         found = {"validation": accuracy(model, data.val), "test": accuracy(model, data.test)}
         shares = [f"{100 * share:.1f} % of the {part} images" for part, share in found.items()]
@@ -256,9 +262,11 @@ class _Arms(_Given):
     def train_arms(self) -> None:
         "Train the wanted arms, in the order of the table."
         if self.brought is not None: self.judge(self.brought)
+        self.line = _line()
         for arm in self.wanted:
             self.network(arm)
             self.arms_done += 1
+        if self.line: self.line.update({"text/plain": f"{self.arms_done} arms done"}, raw=True)
 
 # %% ../nbs/07_experiment.ipynb #9478b7c2
 class _Rows(_Arms):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .checks import check_choice, check_numbers, describe, logits_of, shown, sides, unknown, write_whole
+from .checks import check_numbers, describe, logits_of, needs, shown, sides, unknown, write_whole
 
 # %% ../nbs/01_models.ipynb #543aaca9
 class Normalize(nn.Module):
@@ -335,10 +335,9 @@ def fold_batchnorm(
     return model.eval().requires_grad_(False)
 
 # %% ../nbs/01_models.ipynb #ba28c181
-def _need(package, extra):  # what only some users have
-    try:
-        with warnings.catch_warnings(action="ignore"): return import_module(package)
-    except ImportError: raise ImportError(f"{package} is missing: pip install 'kdnb[{extra}]'") from None
+def _need(extra, *packages):  # what only some users have; the last of it
+    needs(extra, *packages)
+    with warnings.catch_warnings(action="ignore"): return import_module(packages[-1])
 
 
 def _shelf(source):  # what a library can build for classification
@@ -423,8 +422,8 @@ def _check_weights(state):
     "One kind of float, finite, no negative variance: what a network can compute with."
     floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     kinds = {t.dtype for t in state.values() if t.dtype not in (torch.int64, torch.bool)}  # counts, masks
-    if len(kinds) != 1: raise ValueError(f"weights must be of one dtype, got {shown([*map(str, kinds)])}")
-    check_choice(floats, **{"the dtype of weights": kinds.pop()})
+    if len(kinds) != 1 or not kinds <= {*floats}:
+        raise ValueError(f"the dtype of weights must be one dtype among {shown(floats)}, got {shown(kinds)}")
     for key, t in state.items():
         low = {"running_var": 0.0, "std": 1e-30}.get(key.rsplit(".", 1)[-1], -float("inf"))
         if not bool(t.isfinite().all()) or bool((t < low).any()):
@@ -556,9 +555,7 @@ def export_onnx(
     example: Tensor | None = None,   # images (B, C, H, W), whose shape counts; None: as in model.config
 ) -> float:                          # how far ONNX's logits are from PyTorch's, in largest logits
     "Write a network, BatchNorm folded and for batches of any size, as an ONNX file that was checked."
-    _need("onnx", "onnx")
-    _need("onnxscript", "onnx")
-    runtime = _need("onnxruntime", "onnx")
+    runtime = _need("onnx", "onnx", "onnxscript", "onnxruntime")
     config = _config(getattr(model, "_orig_mod", model))
     if example is None and config: shape = config["in_channels"], *_sides(config["image_size"])
     elif getattr(example, "ndim", 0) == 4: shape = example.shape[1:]

@@ -20,13 +20,12 @@ import tempfile
 import threading
 import time
 from contextlib import contextmanager
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 
 import kdnb
-from .checks import check_folder, shown, unknown, write_whole
+from .checks import check_folder, needs, shown, unknown, write_whole
 from kdnb.runs import (
     Lesson,
     ResultsTable,
@@ -147,8 +146,7 @@ def run_notebook(
     "Run a lesson: ValueError before any work if the input is bad, RuntimeError if a cell fails."
     name, values, every, out = _planned(name, preset, parameters, folder)
     output = _check_output(output or Path(folder) / out)
-    if not find_spec("papermill") or not find_spec("ipykernel"):
-        raise ImportError('running notebooks needs papermill: pip install "kdnb[run]"')
+    needs("run", "papermill", "ipykernel")
     cwd = Path(cwd or run_folder()).absolute()
     check_setup(name, values, cwd)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -345,12 +343,13 @@ def _list(name):  # what `kdnb list` prints
                      for n, t in titles.items())
 
 # %% ../nbs/06_runner.ipynb #afb4d5cd
-def _shown_table(path, name):  # the last results table that an executed notebook shows
-    outputs = [o for c in _read_cells(path) for o in c.get("outputs", [])]
-    texts = ["".join(o.get("data", {}).get("text/plain", o.get("text", ""))) for o in outputs]
-    recorded = results_table(name)
-    title = str(recorded).partition("\n")[0]
-    return [recorded, *(t for t in texts if t.startswith(title))][-1]
+def _this_table(name, preset, parameters):
+    name, _, every, _ = _planned(name, preset, parameters, "runs")
+    cards = load_cards(name, run_folder() / every.get("results", "runs"), like=every)
+    return results_table(name, this_run=cards[-1] if cards else None)
+
+def _fit(table, form="text"):
+    return table.show(form, shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
 
 # %% ../nbs/06_runner.ipynb #98c7552f
 def _read(kind, text):
@@ -437,7 +436,7 @@ def _command(args):  # -> exit code
         names = [Lesson(args.name).name] if args.name else [n for n in notebooks() if load_cards(n)]
         table = ResultsTable([r for n in names for r in results_table(n).rows], *names[:1])
         table = table.select(args.preset, args.rows, args.columns)
-        text = table.show(args.format, shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
+        text = _fit(table, args.format)
         if args.plot: plot_results(table, args.plot)
         print(f"the plot: {args.plot}" if args.plot else text)
     elif args.command == "predict":
@@ -461,7 +460,7 @@ def _command(args):  # -> exit code
         common = {"preset": args.preset, "parameters": {k: read(k, v) for k, v in args.set}}
         if args.command == "run":
             out = run_notebook(args.name, output=args.output, experiment=args.experiment, **common)
-            table = _shown_table(out, Lesson(args.name).name)
+            table = _fit(_this_table(args.name, **common))
             print(f"\n{table}\n\nthe executed notebook: {os.path.relpath(out)}")
         else:
             grid = {k: [read(k, v) for v in values.split(",")] for k, values in pairs}

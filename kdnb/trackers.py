@@ -8,10 +8,9 @@ __all__ = ['TensorBoard', 'WandB', 'MLflow', 'check_tracker', 'tracking']
 # %% ../nbs/05_trackers.ipynb #69f5d294
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
-from .checks import check_choice
+from .checks import check_choice, needs
 
 # %% ../nbs/05_trackers.ipynb #a50466c4
 class TensorBoard:
@@ -66,10 +65,7 @@ class MLflow:
     def close(self) -> None: self.client.set_terminated(self.id)
 
 # %% ../nbs/05_trackers.ipynb #ae46dbed
-def _need(tool):
-    if not find_spec(tool):
-        extra = "track" if tool == "tensorboard" else tool
-        raise ImportError(f"{tool} is not installed: pip install 'kdnb[{extra}]'")
+def _need(tool): needs("track" if tool == "tensorboard" else tool, tool)
 
 def check_tracker(name: str) -> None:  # "" is none
     "Raise unless the tool is known, and installed."

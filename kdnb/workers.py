@@ -18,11 +18,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
 import kdnb
-from .checks import check_numbers, shown
+from .checks import check_numbers, needs, shown
 from .runs import Lesson, lessons_folder, load_cards, save_card
 
 # %% ../nbs/06_workers.ipynb #51c7ea15
@@ -115,7 +114,7 @@ def _check_answer(address):  # in a process that can be ended: Ray itself waits 
 # %% ../nbs/06_workers.ipynb #21db0ad3
 @contextmanager
 def _cluster(address, shares):  # Ray, connected; `shares`: what one machine at least must have
-    if not find_spec("ray"): raise ImportError('sweeps on Ray need ray: pip install "kdnb[ray]"')
+    needs("ray", "ray")
     if address: _check_answer(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # no warning; see `run_on_ray`

@@ -224,7 +224,7 @@ def test_bad_input(toy, words, line):
 def test_without_papermill(toy):
     code = "import sys; sys.modules['papermill'] = None; " + COMMAND
     before = tree(toy)
-    refused(kdnb("run", "toy", code=code), 'running notebooks needs papermill: pip install "kdnb[run]"')
+    refused(kdnb("run", "toy", code=code), "papermill is not installed: pip install 'kdnb[run]'")
     assert tree(toy) == before
 
 

@@ -4,16 +4,18 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import IPython
 import nbformat
 import pytest
 import torch
 from conftest import same, stream
 from PIL import Image
 
-from kdnb import trackers
+from kdnb import checks, runner
 from kdnb.experiment import Experiment
 from kdnb.kd import KD
 from kdnb.models import create_model, load_model, save_model
@@ -211,7 +213,7 @@ class Wandb:
 def test_weights_and_biases_gets_a_run_for_every_arm(monkeypatch):
     stub = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", stub)
-    monkeypatch.setattr(trackers, "find_spec", lambda name: True)
+    monkeypatch.setattr(checks, "find_spec", lambda name: True)
     two_arms(experiment(epochs=2, tracker="wandb"))
     assert [run.about["name"] for run in stub.runs] == ["teacher, seed 0", "KD, seed 0"]
     assert all(run.about["finished"] and len(run.rows) == 2 and "loss" in run.rows[0][1] for run in stub.runs)
@@ -232,7 +234,7 @@ class MlflowClient:
 
 def test_mlflow_gets_a_run_for_every_arm(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(MlflowClient=MlflowClient))
-    monkeypatch.setattr(trackers, "find_spec", lambda name: True)
+    monkeypatch.setattr(checks, "find_spec", lambda name: True)
     run = two_arms(experiment(epochs=1, tracker="mlflow"))
     step = run.histories["KD"]["step"][-1]
     wanted = {("KD, seed 0", "loss", step), ("KD, seed 0", "lr"), ("teacher, seed 0", "end")}
@@ -240,7 +242,7 @@ def test_mlflow_gets_a_run_for_every_arm(monkeypatch):
 
 
 def test_a_tracker_that_is_not_there(monkeypatch):
-    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"wandb is not installed: pip install 'kdnb\[wandb\]'"):
         experiment(tracker="wandb")
     with pytest.raises(ValueError, match="tracker must be '', tensorboard, wandb or mlflow, got 'wandbb'"):
@@ -255,3 +257,26 @@ def test_a_run_tells_how_far_it_is(tmp_path, monkeypatch):
     assert [path for path, _ in told] == [file] * 4
     assert told[0][1].startswith("0 of 2 arms done; teacher: epoch 1 of 2, about ")
     assert told[3][1] == "1 of 2 arms done; KD: epoch 2 of 2, about 0 s left"
+
+
+def test_a_terminal_shows_how_far_a_run_is(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: True, write=told.append, flush=int))
+    with runner._progress(every=0.01):
+        file = Path(os.environ["KDNB_PROGRESS"])
+        for text in ("1 of 2 arms done", "2 of 2 arms done"):
+            file.write_text(text, encoding="utf-8")
+            end = time.monotonic() + 30
+            while text not in "".join(told) and time.monotonic() < end: time.sleep(0.01)
+    assert "".join(told).split("\n") == ["", "1 of 2 arms done", "", "2 of 2 arms done", ""]
+    assert not file.exists() and "KDNB_PROGRESS" not in os.environ
+
+
+def test_a_notebook_shows_how_far_it_is(monkeypatch):
+    told, shown = [], []
+    line = SimpleNamespace(update=lambda data, raw: told.append(data["text/plain"]))
+    monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(kernel=1))
+    monkeypatch.setattr(IPython.display, "display", lambda *args, **options: shown.append(args) or line)
+    two_arms(experiment(epochs=2))
+    assert len(shown) == 1 and told[-1] == "2 arms done" and len(told) == 5
+    assert told[2].startswith("1 of 2 arms done; KD: epoch 1 of 2, about ")

@@ -638,7 +638,7 @@ def test_what_other_libraries_cannot_build(name, words):
 def test_a_missing_package_gets_one_line(package, extra, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, package, None)
     model = create_model("mlp_4", in_channels=1, image_size=4)
-    with pytest.raises(ImportError, match=rf"{package} is missing: pip install 'kdnb\[{extra}\]'"):
+    with pytest.raises(ImportError, match=rf"{package} is not installed: pip install 'kdnb\[{extra}\]'"):
         check_model("timm:resnet18") if extra == "timm" else export_onnx(model, tmp_path / "a.onnx")
 
 
