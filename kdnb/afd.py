@@ -54,6 +54,7 @@ def _check_classes(logits): check_logits(**{f"network {k}": z for k, z in enumer
 # %% ../nbs/23_afd.ipynb #3770cc75
 class DML:
     "Networks that learn from the labels and from each other's answers (Zhang et al. 2018; Chung 2020)."
+    layers: list = []   # whose maps are looked at, one for each network
 
     def __init__(
         self,
@@ -64,6 +65,7 @@ class DML:
                                        # "offline": from the last, a trained one, put into eval and frozen
         temperature: float = 3.0,      # > 0; 1 in DML's own paper
         alpha: float = 1.0,            # >= 0: weight of the peers; 0: each for itself
+        fold: bool = True,             # ask a copy of a fixed network with BatchNorm folded in
         weight_decay: float = 1e-4,
         **recipe,                      # lr, momentum, optimizer, schedule, clip: see `learning`
     ):
@@ -74,7 +76,7 @@ class DML:
         self.peers = _peers(scheme, len(networks))   # who learns from whom, counted from 0
         self.links = [(k, j) for k, peers in self.peers.items() for j in peers]
         self.networks, self.student = list(networks), networks[0]
-        if scheme == "offline": freeze(networks[-1])
+        if scheme == "offline": self.networks[-1] = freeze(networks[-1], fold=fold, keep=self.layers[-1:])
         learners = nn.ModuleList([networks[k] for k in self.peers])
         train_mode(*learners)
         self.optimizer, self.schedule, self.clip = learning(learners, weight_decay=weight_decay, **recipe)
@@ -268,8 +270,8 @@ class AFD(_Game):
         layers = _settle(discriminator, order, layers, len(networks))
         check_numbers("> 0", feature_lr=feature_lr, discriminator_lr=discriminator_lr)
         check_numbers(">= 0", beta=beta, feature_weight_decay=feature_weight_decay)
-        super().__init__(networks, **recipe)
         self.discriminator, self.order, self.beta, self.layers = discriminator, order, float(beta), layers
+        super().__init__(networks, **recipe)
         widths, bodies = _try_out(self.networks, layers, example, weights_of(self.optimizer))
         width = widths[-1] if self.scheme == "offline" else max(widths)   # a fixed teacher's maps stay so
         sources = {"each": [1] * len(self.links), "one": [len(widths)], "none": []}[discriminator]

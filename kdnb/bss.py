@@ -21,7 +21,7 @@ from .checks import check_alike, check_choice, check_labels, check_logits, check
 from .data import own_share
 from .kd import kd_loss
 from .learning import freeze, frozen_logits, learning, train_mode, update
-from .models import Normalize, fold_batchnorm
+from .models import Normalize
 
 # %% ../nbs/20_bss.ipynb #79c2cb8d
 class Samples(NamedTuple):
@@ -245,9 +245,8 @@ class BSS(_Imitation):
         self.variant, self.attack_size, self.base, self.target = variant, attack_size, base, target
         self.epochs, self.temperature, self.form = epochs, temperature, form
         self.attack, self.attack_name, self.weights = attack, attack_name(attack), bss_weights(1, epochs)
-        self.teacher = freeze(teacher, student)
+        self.teacher = freeze(teacher, student, fold=fold)
         self.student = train_mode(student)
-        if fold: self.teacher = fold_batchnorm(teacher)
         if (variant, self.attack_name) == ("official", "bss_attack"): self.attack = partial(_official, attack)
         self.optimizer, self.schedule, self.clip = learning(student, weight_decay=weight_decay, **recipe)
         self.rate = self.optimizer.param_groups[0]["lr"]

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_labels, check_numbers, check_pixels, unknown, write_whole
+from .checks import check_choice, check_labels, check_numbers, check_pixels, sides, unknown, write_whole
 
 # %% ../nbs/00_data.ipynb #bbc800e7
 def random_stream(
@@ -99,8 +99,9 @@ class Data:
         return self.train.x.shape[1]
 
     @property
-    def image_size(self):
-        return self.train.x.shape[-1]
+    def image_size(self):  # H = W, or (H, W)
+        h, w = self.train.x.shape[2:]
+        return h if h == w else (h, w)
 
     def to(self, device):
         return replace(
@@ -259,7 +260,8 @@ def _folder(path, image_size):
         raise ValueError(f"test/ has classes that train/ lacks: {sorted(extra)[:3]}")
     if len(classes) < 2 and all(p.parent.name == classes[0] for p, _ in files["train"]):
         raise ValueError(f"train/ has the single class {classes[0]!r}: expected a folder for each class")
-    digest = hashlib.sha256(f"2/{image_size}".encode())
+    h, w = image_size
+    digest = hashlib.sha256(f"2/{h}{f'x{w}' * (w != h)}".encode())
     for p, _ in files["train"] + files["test"]:
         content = hashlib.sha256(p.read_bytes()).hexdigest()
         digest.update(f"{p.relative_to(path).as_posix()}/{content}\n".encode())
@@ -313,15 +315,15 @@ def _decode(files, path, image_size):
 # %% ../nbs/00_data.ipynb #d19b2939
 def read_images(
     paths: list,               # of image files
-    image_size: int = 0,       # the shorter side is scaled to this, the middle cut out; 0: as they are
+    image_size=0,              # S, (H, W) or "HxW": scaled to cover it, the middle cut out; 0: as they are
     names: list | None = None,   # what to call them in an error; None: by their paths
     channels: int = 0,         # 1 or 3; 0: 3 if any is coloured
 ) -> Tensor:                   # (N, C, H, W) uint8
-    "Pictures as pixels, each turned as its EXIF tag says; they must be square and of one size."
+    "Pictures as pixels, each turned as its EXIF tag says; they must be of one size."
     import numpy as np
     from PIL import Image
 
-    pictures = []
+    pictures, size = [], sides(">= 0", image_size=image_size)
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)   # refused by size, before decoding
         for p, where in zip(map(Path, paths), names or map(str, paths), strict=True):
@@ -329,12 +331,13 @@ def read_images(
             except Exception as error:
                 words = " ".join(f"{type(error).__name__}: {error}".replace(str(p), p.name).split())[:120]
                 raise ValueError(f"not a readable image: {where} ({words})") from None
-            if image_size: picture = _fit_size(picture, image_size)
+            if any(size): picture = _fit_size(picture, *size)
             if channels: picture = picture.convert("L" if channels == 1 else "RGB")
             pictures.append(np.asarray(picture))
-            if picture.width != picture.height or pictures[-1].shape[:2] != pictures[0].shape[:2]:
-                raise ValueError(f"{where} is {picture.width}x{picture.height}: images must be square and "
-                                 "of one size; pass image_size=")
+            (h, w), (first_h, first_w) = (pictures[k].shape[:2] for k in (-1, 0))
+            if (h, w) != (first_h, first_w):
+                raise ValueError(f"images must be of one size, HxW: {where} is {h}x{w}, others are "
+                                 f"{first_h}x{first_w}; pass image_size=")
     colour = any(a.ndim == 3 for a in pictures)
     if colour: pictures = [a if a.ndim == 3 else np.repeat(a[..., None], 3, 2) for a in pictures]
     x = torch.from_numpy(np.stack(pictures))
@@ -354,13 +357,13 @@ def _upright(path):
     return turned if turned.mode == "L" else turned.convert("RGB")
 
 # %% ../nbs/00_data.ipynb #e2c16a38
-def _fit_size(picture, size):
-    "The shorter side scaled to `size`, the middle cut out."
-    if picture.size == (size, size): return picture
-    scale = size / min(picture.size)
-    picture = picture.resize([max(size, round(s * scale)) for s in picture.size], 3)   # bicubic
-    left, top = ((s - size) // 2 for s in picture.size)
-    return picture.crop((left, top, left + size, top + size))
+def _fit_size(picture, height, width):
+    "Scaled until it covers the size, the middle cut out."
+    if picture.size == (width, height): return picture
+    scale = max(width / picture.width, height / picture.height)
+    wide, high = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
+    left, top = (wide - width) // 2, (high - height) // 2
+    return picture.resize((wide, high), 3).crop((left, top, left + width, top + height))   # bicubic
 
 # %% ../nbs/00_data.ipynb #7db4eb67
 def load_data(
@@ -371,18 +374,18 @@ def load_data(
     split_seed: int = 0,          # which ones: fixed, so that all seeds train on the same images
     device: str = "cpu",          # where the bytes live
     download: bool = False,       # may torchvision fetch missing files?
-    image_size: int = 0,          # folders only: > 0 scales and cuts every image to this size
+    image_size=0,                 # folders only: S, (H, W) or "HxW", see `read_images`; 0: as they are
     sha256: str = "",             # expected fingerprint; "" accepts any
     split: str = "auto",          # "plain" one draw over all, "class" a share of each; "auto" plain if fair
 ) -> Data:                        # uint8 tensors in three parts
     "Load a set whole; the same name, files and split give the same fingerprint."
     check_numbers("in [0, 1)", val_fraction=val_fraction)
-    check_numbers("whole >= 0", image_size=image_size)
+    size = sides(">= 0", image_size=image_size)
     check_choice(("auto", "plain", "class"), split=split)
     check_data(name, root, download)
     folder = Path(os.path.abspath(_place(name, root)))   # name stays that of a link, if it is one
     if name == "digits": train, test = _digits()
-    elif name.startswith("folder:"): train, test = _folder(folder, image_size)
+    elif name.startswith("folder:"): train, test = _folder(folder, size)
     else: train, test = _torchvision(name, _root(root), download)
     label = folder.name if name.startswith("folder:") else name
     return _assemble(label, train, test, val_fraction, split_seed, split, sha256).to(device)

@@ -96,12 +96,13 @@ def freeze(
     teacher: nn.Module,       # put into eval mode; its parameters require no gradient from here on
     *students: nn.Module,     # which must not share a tensor with it
     fold: bool = False,       # answer by a copy in which BatchNorm is part of the convolutions, if it can be
+    keep=(),                  # a name or names: layers that stay as they are there, for their maps are read
 ) -> nn.Module:               # the teacher, or that copy: the same answers up to rounding, faster
     "A teacher that stays as it is; refused if that would freeze part of a student."
     check_apart(teacher, *students)
     teacher.eval().requires_grad_(False)
     if not fold or not any(isinstance(m, nn.BatchNorm2d) for m in teacher.modules()): return teacher
-    try: return fold_batchnorm(teacher)
+    try: return fold_batchnorm(teacher, keep)
     except ValueError: return teacher       # it cannot be copied
 
 # %% ../nbs/03_learning.ipynb #e720b241

@@ -335,7 +335,8 @@ def _list(name):  # what `kdnb list` prints
         lesson = Lesson(name)
         lines = [f"{lesson.name}: presets {', '.join(['default', *lesson.presets])}"]
         for key, (kind, default, words) in lesson.parameters.items():
-            lines.append(f"  {key:<20} {kind.__name__:<6} {default!r:<14} {words}")
+            about = kind.__name__ if isinstance(kind, type) else kind
+            lines.append(f"  {key:<20} {about!s:<9} {default!r:<14} {words}")
         return "\n".join(lines)
     titles = {n: _read_cells(p)[0]["source"] for n, p in notebooks().items()}
     return "\n".join(f"{n:<14} {''.join(t).splitlines()[0][2:]:<50} {' '.join(Lesson(n).presets)}".rstrip()

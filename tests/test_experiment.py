@@ -12,14 +12,16 @@ import IPython
 import nbformat
 import pytest
 import torch
-from conftest import same
+from conftest import same, stream
+from PIL import Image
 
 from kdnb import checks, runner
 from kdnb import experiment as room
 from kdnb.data import Data, Images
 from kdnb.experiment import Experiment
 from kdnb.kd import KD
-from kdnb.models import create_model, load_model
+from kdnb.models import create_model, load_model, save_model
+from kdnb.runner import predict_images
 from kdnb.runs import Lesson, load_cards, notebooks
 from kdnb.training import Supervised, accuracy
 
@@ -57,6 +59,21 @@ def test_the_guides_lesson_runs_with_what_an_arm_needs(folder):
     assert card["metrics"]["logits | accuracy"] > 0.8
 
 
+def test_a_lesson_runs_on_pictures_that_are_not_square(folder):
+    pixels = torch.randint(256, (40, 12, 30, 3), generator=stream(0), dtype=torch.uint8)
+    for k, picture in enumerate(pixels):
+        path = folder / "shots" / ("test", "train")[k % 4 > 0] / "ab"[k % 2] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture.numpy()).save(path)
+    words = "-p data folder:./shots -p image_size 8x12 -p batch_size 8 -p results wide -o wide.ipynb".split()
+    done = kdnb(folder, "run", "99_example", "-p", "arms", "match", *words)
+    assert done.returncode == 0, done.stderr
+    (card,) = load_cards("99_example", folder / "wide")
+    assert card["parameters"]["image_size"] == "8x12"
+    save_model(create_model("mlp_4", 2, image_size=(8, 12), seed=0), folder / "net")
+    assert predict_images(folder / "net", [path])[0][1] in ("0", "1")
+
+
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
@@ -67,6 +84,7 @@ def test_the_guides_lesson_runs_with_what_an_arm_needs(folder):
         ("augment", "flip", "augment must be none, crop or crop_flip, got 'flip'"),
         ("lr_drops", "0.5 2", "lr_drops must lie in (0, 1), got 2.0"),
         ("lr_drops", "half", "lr_drops must be a number in (0, 1), got 'half'"),
+        ("image_size", "24x", "image_size must be a whole number >= 0, or two of them"),
         ("max_steps", "-1", "max_steps must be a whole number >= 0, got -1"),
         ("batch_size", "5000", "batch_size must be a whole number in [1, 1078]"),
         ("results", "out.file/cards", "results must be a folder that can be written"),
