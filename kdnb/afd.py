@@ -63,8 +63,7 @@ class DML:
         scheme: str = "cyclic",        # k learns from k - 1; "pairs": from all others, mean; "ensemble": from
                                        # the mean of all logits (ONE without its gate, Lan et al. 2018);
                                        # "offline": from the last, a trained one, put into eval and frozen
-        temperature: float = 3.0,      # > 0; 1 in DML's own paper
-        alpha: float = 1.0,            # >= 0: weight of the peers; 0: each for itself
+        temperature: float = 3.0, alpha: float = 1.0,   # > 0, 1 in DML's paper; >= 0: the peers' weight
         fold: bool = True,             # ask a copy of a fixed network with BatchNorm folded in
         weight_decay: float = 1e-4,
         **recipe,                      # lr, momentum, optimizer, schedule, clip: see `learning`
