@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from .attacks import frozen
-from .checks import check_alike, check_choice, check_labels, check_numbers, full, logits_of
+from .checks import check_alike, check_choice, check_labels, check_numbers, full, logits_of, sides
 from .data import own_share
 from .features import attention_loss, match_layers
 from .kd import kd_loss
 from .learning import freeze, train_mode, update
-from .models import Normalize, features, fold_batchnorm, seeded
+from .models import Normalize, features, seeded
 
 # %% ../nbs/21_abm.ipynb #7eb79637
 def _variant(name, generator_lr, clip):
@@ -35,23 +35,23 @@ def _adam(net, lr): return torch.optim.Adam(net.parameters(), lr, fused=True)
 
 # %% ../nbs/21_abm.ipynb #1a87304d
 class Generator(nn.Module):
-    "Noise (B, z_size) to images (B, C, S, S) that come out of `Normalize` standardised (official code)."
-    # mean, std: of the networks' training images, C numbers, or None for 0 and 1
+    "Noise (B, z_size) to images (B, C, H, W) that come out of `Normalize` standardised (official code)."
+    # image_size: S or (H, W), multiples of 4; mean, std: of the training images, C numbers, None: 0 and 1
     # seed: initialisation of its own; None draws from torch's global generator
-    def __init__(self, z_size: int = 100, channels: int = 3, image_size: int = 32, mean=None, std=None,
-                 seed: int | None = None):
+    def __init__(self, z_size: int = 100, channels: int = 3, image_size=32, mean=None, std=None, seed=None):
         super().__init__()
-        check_numbers("whole >= 1", z_size=z_size, channels=channels, image_size=image_size)
-        if image_size % 4: raise ValueError(f"image_size must be a multiple of 4, got {image_size}")
-        self.z_size, self.small = z_size, image_size // 4
+        check_numbers("whole >= 1", z_size=z_size, channels=channels)
+        size = sides(">= 1", image_size=image_size)
+        if any(n % 4 for n in size): raise ValueError(f"image_size must be multiples of 4, got {image_size}")
+        self.z_size, self.small = z_size, [n // 4 for n in size]
         self.pixels = Normalize(mean, std, channels)     # to be undone
         with seeded(seed):
-            self.linear = nn.Linear(z_size, 128 * self.small**2)
+            self.linear = nn.Linear(z_size, 128 * math.prod(self.small))
             self.layers = nn.Sequential(nn.BatchNorm2d(128), *_larger(128, 128), *_larger(128, 64),
                                         nn.Conv2d(64, channels, 3, padding=1), nn.BatchNorm2d(channels))
 
-    def forward(self, z: Tensor) -> Tensor:  # (B, z_size) to (B, C, S, S), not cut to [0, 1]; gradient flows
-        x = self.layers(self.linear(z).view(-1, 128, self.small, self.small))
+    def forward(self, z: Tensor) -> Tensor:  # (B, z_size) to (B, C, H, W), not cut to [0, 1]; gradient flows
+        x = self.layers(self.linear(z).view(-1, 128, *self.small))
         return x * self.pixels.std + self.pixels.mean
 
 # %% ../nbs/21_abm.ipynb #fdfbff9a
@@ -203,7 +203,7 @@ class ABM(_Game):
         batch_size: int = 128, lr: float = 2e-3,   # images a step of the whole run; the student's Adam rate
         generator_lr: float | None = None,   # Adam's rate for the generator; None: 2e-3, official 1e-3
         clip: float | None = None,     # longest gradient of a network, > 0; None: infinite, official 5
-        fold: bool = True, alarm: bool = True,   # a faster teacher (unless named); `CollapseAlarm` stops
+        fold: bool = True, alarm: bool = True,   # a faster copy of the teacher; `CollapseAlarm` stops
     ):
         generator_lr, clip, self.loss = _variant(variant, generator_lr, clip)
         check_numbers("> 0", lr=lr, generator_lr=generator_lr, **{} if clip == math.inf else {"clip": clip})
@@ -215,9 +215,8 @@ class ABM(_Game):
         self.layers = [student_layers, teacher_layers]
         self.generator_steps, self.student_steps, self.batch_size = generator_steps, student_steps, batch_size
         self.steps, self.clip, self.generator = steps, clip, generator
-        self.teacher = freeze(teacher, student, generator)
+        self.teacher = freeze(teacher, student, generator, fold=fold, keep=teacher_layers)
         self.student = train_mode(student, generator)
-        if fold and not (teacher_layers and beta): self.teacher = fold_batchnorm(teacher)
         self.alarm = CollapseAlarm(self._try_out(), alarm)
         self.optimizer, self.generator_optimizer = _adam(student, lr), _adam(generator, generator_lr)
         moving = [self.optimizer] + [self.generator_optimizer] * bool(generator_steps)

@@ -16,7 +16,7 @@ from .attacks import frozen
 from .checks import check_alike, check_apart, check_choice, check_logits, check_numbers, full, logits_of
 from .features import stages_in_words, to_smallest
 from .kd import kd_loss
-from .learning import freeze, learning, move, train_mode, update, weights_of
+from .learning import freeze, frozen_logits, learning, move, train_mode, update, weights_of
 from .models import features, seeded
 
 # %% ../nbs/23_afd.ipynb #480a9ab2
@@ -54,6 +54,7 @@ def _check_classes(logits): check_logits(**{f"network {k}": z for k, z in enumer
 # %% ../nbs/23_afd.ipynb #3770cc75
 class DML:
     "Networks that learn from the labels and from each other's answers (Zhang et al. 2018; Chung 2020)."
+    layers: list = []   # whose maps are looked at, one for each network
 
     def __init__(
         self,
@@ -62,8 +63,8 @@ class DML:
         scheme: str = "cyclic",        # k learns from k - 1; "pairs": from all others, mean; "ensemble": from
                                        # the mean of all logits (ONE without its gate, Lan et al. 2018);
                                        # "offline": from the last, a trained one, put into eval and frozen
-        temperature: float = 3.0,      # > 0; 1 in DML's own paper
-        alpha: float = 1.0,            # >= 0: weight of the peers; 0: each for itself
+        temperature: float = 3.0, alpha: float = 1.0,   # > 0, 1 in DML's paper; >= 0: the peers' weight
+        fold: bool = True,             # ask a copy of a fixed network with BatchNorm folded in
         weight_decay: float = 1e-4,
         **recipe,                      # lr, momentum, optimizer, schedule, clip: see `learning`
     ):
@@ -74,14 +75,16 @@ class DML:
         self.peers = _peers(scheme, len(networks))   # who learns from whom, counted from 0
         self.links = [(k, j) for k, peers in self.peers.items() for j in peers]
         self.networks, self.student = list(networks), networks[0]
-        if scheme == "offline": freeze(networks[-1])
+        if scheme == "offline": self.networks[-1] = freeze(networks[-1], fold=fold, keep=self.layers[-1:])
         learners = nn.ModuleList([networks[k] for k in self.peers])
         train_mode(*learners)
         self.optimizer, self.schedule, self.clip = learning(learners, weight_decay=weight_decay, **recipe)
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         "One update of all that learn, on x (B, C, H, W) in [0, 1], y (B,); peers' answers are constants."
-        losses = self._logit_losses([logits_of(net(x), len(x)) for net in self.networks], y)
+        logits = [logits_of(net(x), len(x)) if k in self.peers else frozen_logits(net, x)
+                  for k, net in enumerate(self.networks)]
+        losses = self._logit_losses(logits, y)
         update(self.optimizer, sum(losses), self.clip)
         return _named(self.peers, losses)
 
@@ -266,8 +269,8 @@ class AFD(_Game):
         layers = _settle(discriminator, order, layers, len(networks))
         check_numbers("> 0", feature_lr=feature_lr, discriminator_lr=discriminator_lr)
         check_numbers(">= 0", beta=beta, feature_weight_decay=feature_weight_decay)
-        super().__init__(networks, **recipe)
         self.discriminator, self.order, self.beta, self.layers = discriminator, order, float(beta), layers
+        super().__init__(networks, **recipe)
         widths, bodies = _try_out(self.networks, layers, example, weights_of(self.optimizer))
         width = widths[-1] if self.scheme == "offline" else max(widths)   # a fixed teacher's maps stay so
         sources = {"each": [1] * len(self.links), "one": [len(widths)], "none": []}[discriminator]

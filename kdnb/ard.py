@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from .attacks import attack_name, pgd
 from .checks import check_choice, check_logits, check_numbers, full, logits_of
 from .kd import kd_loss
-from .learning import freeze, learning, train_mode, update
+from .learning import freeze, frozen_logits, learning, train_mode, update
 from .robust import attacked, ready_attack
 
 # %% ../nbs/22_ard.ipynb #719b5105
@@ -123,11 +123,9 @@ class ARD:
 
 # %% ../nbs/22_ard.ipynb #2f12899b
 def _ard_step_loss(method, x, y):
-    with torch.no_grad(): teacher_logits = full(logits_of(method.teacher(x), len(x)))
+    teacher_logits = frozen_logits(method.teacher, x)
     x_adv = attacked(method, x, teacher_logits if method.inner == "teacher" else y)
-    target = teacher_logits
-    if method.teacher_sees == "adversarial":
-        with torch.no_grad(): target = full(logits_of(method.teacher(x_adv), len(x)))
+    target = frozen_logits(method.teacher, x_adv) if method.teacher_sees == "adversarial" else teacher_logits
     adv_logits, chosen = logits_of(method.student(x_adv), len(x)), _variant(method.variant)
     wanted = method.alpha < 1 or chosen["always_clean"]
     clean_logits = logits_of(method.student(x), len(x)) if wanted else None

@@ -20,8 +20,8 @@ from .attacks import attack_name, frozen
 from .checks import check_alike, check_choice, check_labels, check_logits, check_numbers, full, logits_of
 from .data import own_share
 from .kd import kd_loss
-from .learning import freeze, learning, train_mode, update
-from .models import Normalize, fold_batchnorm
+from .learning import freeze, frozen_logits, learning, train_mode, update
+from .models import Normalize
 
 # %% ../nbs/20_bss.ipynb #79c2cb8d
 class Samples(NamedTuple):
@@ -193,7 +193,7 @@ class _Imitation:
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         "One update on x (B, C, H, W) in [0, 1], y (B,): hard + alpha soft + beta boundary."
         loss_of = partial(bss_loss, temperature=self.temperature, form=self.form)
-        with torch.no_grad(): teacher_logits = full(logits_of(self.teacher(x), len(x)))
+        teacher_logits = frozen_logits(self.teacher, x)
         logits = full(logits_of(self.student(x), len(x)))
         hard, soft = F.cross_entropy(logits, y), loss_of(logits, teacher_logits)
         near, answers, landed = self._samples(x, y, logits, teacher_logits)
@@ -245,9 +245,8 @@ class BSS(_Imitation):
         self.variant, self.attack_size, self.base, self.target = variant, attack_size, base, target
         self.epochs, self.temperature, self.form = epochs, temperature, form
         self.attack, self.attack_name, self.weights = attack, attack_name(attack), bss_weights(1, epochs)
-        self.teacher = freeze(teacher, student)
+        self.teacher = freeze(teacher, student, fold=fold)
         self.student = train_mode(student)
-        if fold: self.teacher = fold_batchnorm(teacher)
         if (variant, self.attack_name) == ("official", "bss_attack"): self.attack = partial(_official, attack)
         self.optimizer, self.schedule, self.clip = learning(student, weight_decay=weight_decay, **recipe)
         self.rate = self.optimizer.param_groups[0]["lr"]

@@ -12,7 +12,9 @@ import io
 import random
 import sys
 import warnings
+from array import array
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -44,11 +46,12 @@ def random_states(
     run,         # of `fit`: has `method` and `batches`; None: the global streams alone
 ) -> dict:       # plain values and tensors
     "The states of all random streams that a step may draw from."
-    states = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    version, internal, gauss = random.getstate()
+    states = {"python": (version, torch.tensor(internal), gauss), "torch": torch.get_rng_state()}
     if torch.cuda.is_initialized(): states["cuda"] = torch.cuda.get_rng_state_all()
     if "numpy" in sys.modules:
         kind, keys, *rest = sys.modules["numpy"].random.get_state()
-        states["numpy"] = (kind, keys.tolist(), *rest)
+        states["numpy"] = (kind, torch.from_numpy(keys.astype("int64")), *rest)
     return states | {"generators": [g.get_state() for g in _generators(run)]}
 
 # %% ../nbs/00_checkpoint.ipynb #c716e1ca
@@ -69,12 +72,13 @@ def samplers(run) -> list:
 def restore_random(run, states: dict) -> None:
     "Put back what `random_states` returned."
     version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
+    random.setstate((version, tuple(torch.as_tensor(internal).tolist()), gauss))
     torch.set_rng_state(states["torch"])
     for k, state in enumerate(states.get("cuda", [])[:torch.cuda.device_count()]):
         torch.cuda.set_rng_state(state, k)
     if "numpy" in states and "numpy" in sys.modules:
-        sys.modules["numpy"].random.set_state(states["numpy"])
+        kind, keys, *rest = states["numpy"]
+        sys.modules["numpy"].random.set_state((kind, torch.as_tensor(keys).numpy(), *rest))
     for stream, state in zip(_generators(run), states["generators"], strict=True): stream.set_state(state)
 
 # %% ../nbs/00_checkpoint.ipynb #c74e21a3
@@ -134,7 +138,7 @@ def digest(*values) -> str:
     for v in values:
         tensor = isinstance(v, Tensor)
         found.update((f"{v.dtype} {tuple(v.shape)}" if tensor else repr(v)).encode())
-        if tensor: found.update(v.detach().cpu().flatten().view(torch.uint8).numpy())
+        if tensor: found.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return found.hexdigest()[:16]
 
 # %% ../nbs/00_checkpoint.ipynb #1ee24cca
@@ -149,7 +153,7 @@ def _identity(run) -> dict:
 # %% ../nbs/00_checkpoint.ipynb #83d2d59c
 def _data_identity(run) -> dict:
     batches = run.batches
-    if hasattr(batches, "epoch"): kept = vars(batches).keys() - {"pixels", "next_epoch"}
+    if hasattr(batches, "epoch"): kept = vars(batches).keys() - {"pixels", "next_epoch", "given"}
     else: kept = ("batch_size", "drop_last", "dataset")
     if not isinstance(batches, list | tuple): batches = {k: getattr(batches, k, None) for k in sorted(kept)}
     images = run.validate if hasattr(run.validate, "classes") else None
@@ -181,7 +185,7 @@ def _restore(run, saved, changed) -> None:
         if isinstance(old, nn.Parameter): old.data.copy_(value)
         elif isinstance(value, Tensor): setattr(run.method, key, value.to(getattr(old, "device", run.device)))
         elif value is not None: setattr(run.method, key, value)
-    vars(run.history).update(saved["history"])
+    vars(run.history).update(_unpacked(saved["history"]))
     run.losses.sums, run.losses.count = saved["losses"]
     run.done.update(saved["done"])
     run.history.earlier_seconds = run.done["seconds"]
@@ -193,6 +197,32 @@ def _restore(run, saved, changed) -> None:
 def _trained(run) -> list[Tensor]:
     optimizers = (o for o in stateful(run.method).values() if isinstance(o, Optimizer))
     return [p for o in optimizers for group in o.param_groups for p in group["params"]]
+
+# %% ../nbs/00_checkpoint.ipynb #c14e5317
+def _packed(history) -> dict:  # with rows as [(which, {name: their values})] for each set of names
+    alike, packed, rows = {}, [], history["rows"]
+    for k, names in enumerate(map(tuple, rows)): alike.setdefault(names, []).append(k)
+    for names, which in alike.items():
+        own = [rows[k] for k in which]
+        packed.append((torch.tensor(which), {name: _column([*map(itemgetter(name), own)]) for name in names}))
+    return history | {"rows": packed}
+
+def _column(values):
+    kinds = {*map(type, values)}
+    try:
+        if kinds == {float}: return torch.frombuffer(array("d", values), dtype=torch.float64)
+        if kinds == {int}: return torch.frombuffer(array("q", values), dtype=torch.int64)
+    except OverflowError: pass
+    return values
+
+def _unpacked(history) -> dict:
+    found, packed = {}, history["rows"]
+    if packed and isinstance(packed[0], dict): return history   # rows as they are, of older checkpoints
+    for which, columns in packed:
+        values = [v.tolist() if isinstance(v, Tensor) else v for v in columns.values()]
+        for k, *row in zip(which.tolist(), *values, strict=True):
+            found[k] = dict(zip(columns, row, strict=True))
+    return history | {"rows": [found[k] for k in sorted(found)]}
 
 # %% ../nbs/00_checkpoint.ipynb #857338b6
 class Checkpoint:
@@ -215,13 +245,13 @@ class Checkpoint:
         keys = (now | self.identity).keys() - self.data.keys()
         self.moved |= {k for k in keys if now.get(k) != self.identity.get(k)}
         content = {
-            "identity": self.identity, "done": run.done, "random": states, "history": vars(run.history),
-            "parts": {k: v.state_dict() for k, v in stateful(run.method).items()},
+            "identity": self.identity, "done": run.done, "history": _packed(vars(run.history)),
+            "random": states, "parts": {k: v.state_dict() for k, v in stateful(run.method).items()},
             "losses": (run.losses.sums, run.losses.count), "gradients": [p.grad for p in _trained(run)],
             "moved": {k: _kept(vars(run.method).get(k), now.get(k)) for k in self.moved},
         }
         torch.save(content, buffer := io.BytesIO())
-        write_whole(self.path, buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
+        write_whole(self.path, buffer.getvalue() + hashlib.sha256(buffer.getbuffer()).digest())
 
     def load(self) -> None:
         if not self.path: return

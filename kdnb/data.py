@@ -16,10 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_choice, check_labels, check_numbers, check_pixels, unknown, write_whole
+from .checks import check_choice, check_labels, check_numbers, check_pixels, sides, unknown, write_whole
 
 # %% ../nbs/00_data.ipynb #bbc800e7
 def random_stream(
@@ -100,8 +99,9 @@ class Data:
         return self.train.x.shape[1]
 
     @property
-    def image_size(self):
-        return self.train.x.shape[-1]
+    def image_size(self):  # H = W, or (H, W)
+        h, w = self.train.x.shape[2:]
+        return h if h == w else (h, w)
 
     def to(self, device):
         return replace(
@@ -260,7 +260,8 @@ def _folder(path, image_size):
         raise ValueError(f"test/ has classes that train/ lacks: {sorted(extra)[:3]}")
     if len(classes) < 2 and all(p.parent.name == classes[0] for p, _ in files["train"]):
         raise ValueError(f"train/ has the single class {classes[0]!r}: expected a folder for each class")
-    digest = hashlib.sha256(f"2/{image_size}".encode())
+    h, w = image_size
+    digest = hashlib.sha256(f"2/{h}{f'x{w}' * (w != h)}".encode())
     for p, _ in files["train"] + files["test"]:
         content = hashlib.sha256(p.read_bytes()).hexdigest()
         digest.update(f"{p.relative_to(path).as_posix()}/{content}\n".encode())
@@ -314,15 +315,15 @@ def _decode(files, path, image_size):
 # %% ../nbs/00_data.ipynb #d19b2939
 def read_images(
     paths: list,               # of image files
-    image_size: int = 0,       # the shorter side is scaled to this, the middle cut out; 0: as they are
+    image_size=0,              # S, (H, W) or "HxW": scaled to cover it, the middle cut out; 0: as they are
     names: list | None = None,   # what to call them in an error; None: by their paths
     channels: int = 0,         # 1 or 3; 0: 3 if any is coloured
 ) -> Tensor:                   # (N, C, H, W) uint8
-    "Pictures as pixels, each turned as its EXIF tag says; they must be square and of one size."
+    "Pictures as pixels, each turned as its EXIF tag says; they must be of one size."
     import numpy as np
     from PIL import Image
 
-    pictures = []
+    pictures, size = [], sides(">= 0", image_size=image_size)
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)   # refused by size, before decoding
         for p, where in zip(map(Path, paths), names or map(str, paths), strict=True):
@@ -330,12 +331,13 @@ def read_images(
             except Exception as error:
                 words = " ".join(f"{type(error).__name__}: {error}".replace(str(p), p.name).split())[:120]
                 raise ValueError(f"not a readable image: {where} ({words})") from None
-            if image_size: picture = _fit_size(picture, image_size)
+            if any(size): picture = _fit_size(picture, *size)
             if channels: picture = picture.convert("L" if channels == 1 else "RGB")
             pictures.append(np.asarray(picture))
-            if picture.width != picture.height or pictures[-1].shape[:2] != pictures[0].shape[:2]:
-                raise ValueError(f"{where} is {picture.width}x{picture.height}: images must be square and "
-                                 "of one size; pass image_size=")
+            (h, w), (first_h, first_w) = (pictures[k].shape[:2] for k in (-1, 0))
+            if (h, w) != (first_h, first_w):
+                raise ValueError(f"images must be of one size, HxW: {where} is {h}x{w}, others are "
+                                 f"{first_h}x{first_w}; pass image_size=")
     colour = any(a.ndim == 3 for a in pictures)
     if colour: pictures = [a if a.ndim == 3 else np.repeat(a[..., None], 3, 2) for a in pictures]
     x = torch.from_numpy(np.stack(pictures))
@@ -355,13 +357,13 @@ def _upright(path):
     return turned if turned.mode == "L" else turned.convert("RGB")
 
 # %% ../nbs/00_data.ipynb #e2c16a38
-def _fit_size(picture, size):
-    "The shorter side scaled to `size`, the middle cut out."
-    if picture.size == (size, size): return picture
-    scale = size / min(picture.size)
-    picture = picture.resize([max(size, round(s * scale)) for s in picture.size], 3)   # bicubic
-    left, top = ((s - size) // 2 for s in picture.size)
-    return picture.crop((left, top, left + size, top + size))
+def _fit_size(picture, height, width):
+    "Scaled until it covers the size, the middle cut out."
+    if picture.size == (width, height): return picture
+    scale = max(width / picture.width, height / picture.height)
+    wide, high = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
+    left, top = (wide - width) // 2, (high - height) // 2
+    return picture.resize((wide, high), 3).crop((left, top, left + width, top + height))   # bicubic
 
 # %% ../nbs/00_data.ipynb #7db4eb67
 def load_data(
@@ -372,24 +374,38 @@ def load_data(
     split_seed: int = 0,          # which ones: fixed, so that all seeds train on the same images
     device: str = "cpu",          # where the bytes live
     download: bool = False,       # may torchvision fetch missing files?
-    image_size: int = 0,          # folders only: > 0 scales and cuts every image to this size
+    image_size=0,                 # folders only: S, (H, W) or "HxW", see `read_images`; 0: as they are
     sha256: str = "",             # expected fingerprint; "" accepts any
     split: str = "auto",          # "plain" one draw over all, "class" a share of each; "auto" plain if fair
 ) -> Data:                        # uint8 tensors in three parts
     "Load a set whole; the same name, files and split give the same fingerprint."
     check_numbers("in [0, 1)", val_fraction=val_fraction)
-    check_numbers("whole >= 0", image_size=image_size)
+    size = sides(">= 0", image_size=image_size)
     check_choice(("auto", "plain", "class"), split=split)
     check_data(name, root, download)
     folder = Path(os.path.abspath(_place(name, root)))   # name stays that of a link, if it is one
     if name == "digits": train, test = _digits()
-    elif name.startswith("folder:"): train, test = _folder(folder, image_size)
+    elif name.startswith("folder:"): train, test = _folder(folder, size)
     else: train, test = _torchvision(name, _root(root), download)
     label = folder.name if name.startswith("folder:") else name
     return _assemble(label, train, test, val_fraction, split_seed, split, sha256).to(device)
 
+# %% ../nbs/00_data.ipynb #e1082369
+class _Told:
+    "What there is to know of the last batch."
+    given = (None,) * 4    # if it is not augmented: x, its version, its rows, the epoch
+
+    def moved(self, x: Tensor, there: Tensor) -> None:
+        "Note that x, (B, C, H, W) as an epoch gave it last, goes on as `there`, the same pixels."
+        if x is self.given[0] and x._version == self.given[1]:
+            self.given = there, there._version, *self.given[2:]
+
+    def at(self, start: int, stop: int) -> Tensor:
+        "(B, C, H, W) float32: the images from `start` to `stop`, as unaugmented batches hold them."
+        return _cut(self, torch.arange(start, stop, device=self.pixels.device), None)
+
 # %% ../nbs/00_data.ipynb #4752da4e
-class Batches:
+class Batches(_Told):
     "Shuffled, augmented batches of floats in [0, 1], cut on the device; a function of (seed, epoch)."
 
     def __init__(
@@ -407,9 +423,7 @@ class Batches:
         self.images, self.batch_size, self.augment = images, batch_size, augment
         self.shuffle, self.drop_last, self.seed, self.next_epoch = shuffle, drop_last, seed, 0
         self.padding = padding if augment != "none" else 0
-        padded = F.pad(images.x, [self.padding] * 4)
-        if augment == "crop_flip": padded = torch.cat([padded, padded.flip(3)])  # i mirrored is N + i
-        self.pixels = padded.permute(0, 2, 3, 1).contiguous()   # (N or 2N, H+2p, W+2p, C)
+        self.pixels = _bordered(images.x, self.padding, augment == "crop_flip")
 
     def __len__(self):
         whole, rest = divmod(len(self.images), self.batch_size)
@@ -429,7 +443,21 @@ class Batches:
         for k in range(start, len(self)):
             first = k * self.batch_size
             share = own_share(first, min(self.batch_size, len(self.images) - first))
-            yield _cut(self, picked[share], shift[share]), self.images.y[order[share]]
+            x, rows = _cut(self, picked[share], shift[share]), order[share]
+            still = self.augment == "none" and not x.is_inference()   # whose changes nobody counts
+            self.given = (x, x._version, rows, epoch) if still else (None,) * 4
+            yield x, self.images.y[rows]
+
+# %% ../nbs/00_data.ipynb #510a4e6e
+def _bordered(x, p, mirrored):
+    "(N or 2N, H+2p, W+2p, C) bytes, black around; i mirrored is N + i. In pieces, so no second copy is held."
+    n, c, h, w = x.shape
+    pixels = x.new_zeros(1 + mirrored, n, h + 2 * p, w + 2 * p, c)
+    for k in range(0, n, 256):
+        piece = x[k:k + 256].permute(0, 2, 3, 1).contiguous()
+        pixels[0, k:k + 256, p:p + h, p:p + w] = piece
+        if mirrored: pixels[1, k:k + 256, p:p + h, p:p + w] = piece.flip(2)
+    return pixels.flatten(0, 1)
 
 # %% ../nbs/00_data.ipynb #6dcfb7ec
 def _plan_epoch(batches, epoch):

@@ -51,11 +51,11 @@ def _pairs(images, index, batch_size, device):  # -> positions (B,), x (B, C, H,
 
 # %% ../nbs/04_evaluation.ipynb #da63700e
 @contextmanager
-def _seeded(seed):
-    "Global random numbers from `seed` inside; outside as if nothing had happened."
+def _seeded(seed=None):
+    "Global random numbers from `seed` inside (None: as they come); outside as if nothing had happened."
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     with torch.random.fork_rng(list(gpus)):
-        torch.manual_seed(seed)
+        if seed is not None: torch.manual_seed(seed)
         yield
 
 # %% ../nbs/04_evaluation.ipynb #52696541
@@ -102,6 +102,31 @@ def _attacked(attack, model, x, y):
         raise ValueError(f"an attack must return images of shape {tuple(x.shape)}, got {describe(x_adv)}")
     return cut_pixels(x_adv.detach(), "pixels of an attack")
 
+# %% ../nbs/04_evaluation.ipynb #0183ed85
+class _Part(nn.Module):
+    "Shows a network some images of a batch, in their order; of the others it says what it was told."
+    def __init__(self, model, shown, told):
+        super().__init__()
+        self.model, self.shown, self.told = model, shown, told  # (B,) bool, (B, K) logits
+
+    def forward(self, x):
+        if len(x) != len(self.shown): return self.model(x)  # an attack that drops images itself
+        index = self.shown.nonzero()[:, 0]
+        found = ask(self.model, x[index]) if len(index) else x.flatten(1)[:0, :1] * self.told[:0]
+        return self.told.to(found).index_copy(0, index, found)
+
+# %% ../nbs/04_evaluation.ipynb #126d01f8
+def _resists(attack, model, target, x, y, low=False):
+    "Which images of a batch are right after an attack on `target`: (B,) bool, by the model in float32."
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=low): x_adv = _attacked(attack, target, x, y)
+    return _logits(model, x_adv).argmax(1) == y
+
+def _resists_both(attack, model, target, x, y, classes):
+    "The same after two attacks: one in bfloat16; then, for what it left, one in float32 from the same start."
+    with _seeded(): left = _resists(attack, model, target, x, y, low=True)
+    told = 20.0 * F.one_hot((y + 1) % classes, classes)
+    return left & _resists(attack, model, _Part(target, left, told), x, y)
+
 # %% ../nbs/04_evaluation.ipynb #f43c6ed3
 def still_right(
     model: nn.Module,       # (B, C, H, W) in [0, 1] -> (B, K) logits; evaluated in eval mode, left as found
@@ -111,17 +136,21 @@ def still_right(
     batch_size: int = 500,
     seed: int = 0,          # of the attack's random numbers; the global ones are put back
     fast: bool = True,      # attack a folded copy, then check each x_adv on the model itself
+    precision: str = "fp32",  # "bf16": search in bfloat16; what is left is attacked again in float32
 ) -> Tensor:                # (N,) bool, on the CPU
     "Which images the model reads rightly as they are and after the attack."
     _check_inputs(model, images, batch_size, seed)
     if not callable(attack): raise ValueError(f"attack must be a function (model, x, y), got {shown(attack)}")
-    fast &= getattr(attack, "keywords", {}).get("mode", "eval") == "eval"  # a folded copy has no batch norm
+    check_choice(("fp32", "bf16"), precision=precision)
+    if getattr(attack, "keywords", {}).get("mode", "eval") != "eval":  # each image depends on all others
+        fast, precision = False, "fp32"
     with frozen(model), torch.inference_mode(False):  # attacks need gradients
         right = _predict(model, images, batch_size).argmax(1) == images.y.cpu()
         target = _quick_copy(model) if fast else model
+        resists = partial(_resists_both, classes=len(images.classes)) if precision == "bf16" else _resists
         with _seeded(seed):
             for part, x, y in _pairs(images, right.nonzero()[:, 0], batch_size, _device(model, images)):
-                right[part] = (_logits(model, _attacked(attack, target, x, y)).argmax(1) == y).cpu()
+                right[part] = resists(attack, model, target, x, y).cpu()
     return right
 
 # %% ../nbs/04_evaluation.ipynb #e7dc4783
@@ -133,10 +162,11 @@ def robust_accuracy(
     batch_size: int = 500,
     seed: int = 0,
     fast: bool = True,      # False: attack the model as it is
+    precision: str = "fp32",  # "bf16": see `still_right`
 ) -> float:                 # in [0, 1]; an upper bound on what a better attack would leave
     "Share of images that this attack does not break; always report it under the attack's name."
-    right = still_right(model, images, attack, batch_size=batch_size, seed=seed, fast=fast)
-    return right.double().mean().item()
+    options = dict(batch_size=batch_size, seed=seed, fast=fast, precision=precision)
+    return still_right(model, images, attack, **options).double().mean().item()
 
 # %% ../nbs/04_evaluation.ipynb #4d76e5a7
 _TIERS = {  # attacks in their order; how many wrong classes the targeted ones (-t) aim at, likeliest first
@@ -181,20 +211,18 @@ def _check_tier(tier):
     needs("eval", "pyautoattack")
 
 # %% ../nbs/04_evaluation.ipynb #65cd3b2e
-def _only_unbroken(attack):
+def _only_unbroken(attack, classes):
     "Let an APGD of pyautoattack spend its iterations on the images that it has not broken yet."
     model, run = attack.model, attack.attack_single_run
 
     def attack_single_run(x, y, x_init=None):
-        unbroken, told = torch.ones_like(y, dtype=torch.bool), []
+        # A broken image gets an answer that is right and flat: APGD then keeps the x_adv that broke it.
+        part = _Part(model, torch.ones_like(y, dtype=torch.bool), 20.0 * F.one_hot(y, classes))
 
         def logits(x_adv):
-            index = unbroken.nonzero()[:, 0]
-            found = model(x_adv[index]) if len(index) else x_adv.flatten(1)[:0, :1] * told[0][:0]
-            # A broken image gets an answer that is right and flat: APGD then keeps the x_adv that broke it.
-            if not told: told.append(20.0 * F.one_hot(y, found.shape[1]))
-            unbroken[index] = found.detach().argmax(1) == y[index]
-            return told[0].index_copy(0, index, found)
+            found = part(x_adv)
+            part.shown = part.shown & (found.detach().argmax(1) == y)
+            return found
 
         attack.model = logits
         try: return run(x, y, x_init)
@@ -203,7 +231,7 @@ def _only_unbroken(attack):
     attack.attack_single_run = attack_single_run
 
 # %% ../nbs/04_evaluation.ipynb #5c292409
-def _suite(model, eps, norm, targets, seed, device, fast):
+def _suite(model, eps, norm, targets, classes, seed, device, fast):
     "pyautoattack's own attacks with its own settings for `standard`: name -> perturb(x, y)."
     from pyautoattack import AutoAttack
 
@@ -213,7 +241,7 @@ def _suite(model, eps, norm, targets, seed, device, fast):
     for attack in (suite.apgd, suite.apgd_targeted, suite.fab, suite.square): attack.seed = seed
     for attack in (suite.apgd_targeted, suite.fab): attack.n_target_classes = targets
     if fast:
-        for attack in (suite.apgd, suite.apgd_targeted): _only_unbroken(attack)
+        for attack in (suite.apgd, suite.apgd_targeted): _only_unbroken(attack, classes)
     return {"apgd-ce": suite.apgd, "apgd-t": suite.apgd_targeted, "fab-t": suite.fab, "square": suite.square}
 
 # %% ../nbs/04_evaluation.ipynb #e79e5ce0
@@ -304,7 +332,7 @@ def autoattack(
                         pyautoattack=version("pyautoattack"))
         state = _State(checkpoint, identity, (logits.argmax(1) == images.y.cpu()).long().neg())
         target = _quick_copy(model) if fast else model
-        suite = _suite(target, eps, norm, min(targets, classes - 1), seed, device, fast)
+        suite = _suite(target, eps, norm, min(targets, classes - 1), classes, seed, device, fast)
         for stage, name in enumerate(attacks, 1):
             if stage >= state.stage: _run_stage(suite[name], stage, state, model, images, batch_size, device)
     ball = attack_name(partial(fgsm, eps=eps, norm=norm)).removeprefix("fgsm")

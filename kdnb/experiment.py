@@ -87,7 +87,7 @@ class _Setting:
         self.values = plan_run(notebook, parameters=self.parameters)[2]
         _check_world(notebook, self.values)
         self.device = pick_device(self.values["device"])
-        begin(self.values["threads"], self.values["seed"])
+        begin(self.values["threads"] or 1, self.values["seed"])
 
 # %% ../nbs/07_experiment.ipynb #0ae3e8fc
 class _Bench(_Setting):
@@ -98,7 +98,11 @@ class _Bench(_Setting):
         "The data set by the parameters, loaded at its first use."
         names = ("data", "root", "val_fraction", "download", "image_size")
         name, root, *others = (self.values[n] for n in names)
-        return load_data(name, root, device=self.device, **dict(zip(names[2:], others, strict=True)))
+        found = load_data(name, root, device=self.device, **dict(zip(names[2:], others, strict=True)))
+        if not self.values["threads"] and self.device.type == "cpu":
+            models = _models(self.notebook, self.values)
+            torch.set_num_threads(_threads(models, found, self.values["batch_size"]))
+        return found
 
     @cached_property
     def train_set(self) -> Images:
@@ -112,11 +116,30 @@ class _Bench(_Setting):
         model = network_for(self.data, self.values.get(name, name), self.values["seed"] + offset)
         return model.to(self.device, memory_format=torch.channels_last)
 
+# %% ../nbs/07_experiment.ipynb #d993ed24
+_MOST = torch.get_num_threads()     # PyTorch's own choice, before `begin` makes another
+
+def _models(notebook, values):  # the names of networks among the parameters
+    told = Lesson(notebook).parameters
+    found = [str(values[key]) for key, v in told.items() if v[2].startswith(("a model", "models"))]
+    return list(dict.fromkeys(" ".join(found).split()))
+
+def _threads(models, data, batch_size):
+    if _MOST == 1: return 1
+    work = max((_work(network_for(data, name), data.train.x[:1]) for name in models), default=0)
+    return int(min(max(work * batch_size / 250e6, 1), _MOST))
+
+def _work(model, images):  # multiply-adds of convolutions and linear layers
+    found = []
+    def count(layer, inputs, output): found.append(output.numel() * layer.weight[0].numel())
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear): layer.register_forward_hook(count)
+    with torch.no_grad(): model.eval()(images.float())
+    return sum(found)
+
 # %% ../nbs/07_experiment.ipynb #6e532f45
 def _check_world(notebook, values):  # models, data, folders: what the parameters name must be there
-    for name, (_, _, words) in Lesson(notebook).parameters.items():
-        if words.startswith(("a model", "models")):
-            for model in str(values[name]).split(): check_model(model)
+    for model in _models(notebook, values): check_model(model)
     check_data(values["data"], values["root"], values["download"])
     for name in ("results", "checkpoints", "save"):
         if values.get(name): check_folder(values[name], name)

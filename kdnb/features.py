@@ -8,6 +8,7 @@ __all__ = ['hint_loss', 'hint_regressor', 'attention_map', 'to_smallest', 'atten
 
 # %% ../nbs/11_features.ipynb #2d383a45
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 
 from .attacks import frozen
 from .checks import check_alike, check_choice, check_numbers, full, logits_of, shown
-from .learning import freeze, learning, train_mode, update
-from .models import features, seeded
+from .learning import freeze, frozen_logits, learning, train_mode, update
+from .models import Normalize, features, seeded
 
 # %% ../nbs/11_features.ipynb #b11bed32
 def hint_loss(
@@ -144,7 +145,8 @@ def match_layers(
             tried = ", ".join(map(" with ".join, zip(*map(_sizes, pairs), strict=True)))
             choice = "; ".join(f"{who}: {stages_in_words(net, example)}"
                                for who, net in zip(("student", "teacher"), nets, strict=True))
-            raise ValueError(f"{error}; paired were {tried}; to choose from, {choice}") from None
+            alike = f"; of equal channels are {wide}" if (wide := _as_wide(*nets, example[:1])) else ""
+            raise ValueError(f"{error}; paired were {tried}; to choose from, {choice}{alike}") from None
     return pairs
 
 # %% ../nbs/11_features.ipynb #2d79a59e
@@ -156,6 +158,21 @@ def stages_in_words(
     try: return ", ".join(_sizes(features(model, x)[1]))
     except ValueError: return "no maps; tokens (B, N, D) need FeatureKD with a transfer of your own"
 
+# %% ../nbs/11_features.ipynb #81b6ebde
+def _as_wide(student, teacher, x):  # in words: layers of equal channels, to be named in pairs
+    both = [_widths(net, x) for net in (student, teacher)]
+    return ", ".join(f"{both[0][c]} with {both[1][c]} ({c})" for c in both[0] if c in both[1])
+
+def _widths(model, x):  # channels -> the last layer, as high up as can be, that gives maps so wide
+    inner, found = getattr(model, "_orig_mod", model), {}
+    names = [n for n, m in inner.named_modules() if n and n.count(".") < 2 and not isinstance(m, Normalize)]
+    for name in sorted(names, key=lambda n: -n.count(".")):
+        with suppress(ValueError):
+            m = features(model, x, name)[1][name]
+            if m.ndim == 4 and m.shape[2:].numel() > 1: found[m.shape[1]] = name
+    return dict(sorted(found.items()))
+
+# %% ../nbs/11_features.ipynb #c2e05d54
 def _sizes(maps): return [f"{name} {' x '.join(map(str, m.shape[1:]))}" for name, m in maps.items()]
 
 def _last(*both):  # as many of each as the shorter has
@@ -185,6 +202,7 @@ class FeatureKD:
         soft: Callable | None = None,  # (student_logits, teacher_logits) -> scalar, as kdnb.kd.kd_loss
         alpha: float = 0.0,            # in [0, 1]: weight of `soft`; 1 - alpha is that of the labels
         pretrain_epochs: int = 0,      # >= 0: first so many epochs on maps alone, then none; 0: all at once
+        fold: bool = True,             # ask a copy of the teacher with BatchNorm folded in: the same maps
         **recipe,                      # lr, momentum, weight_decay, optimizer, schedule, clip: see `learning`
     ):
         check_numbers(">= 0", beta=beta)
@@ -192,9 +210,9 @@ class FeatureKD:
         check_numbers("whole >= 0", pretrain_epochs=pretrain_epochs)
         if alpha and soft is None: raise ValueError("alpha > 0 needs soft, such as kdnb.kd.kd_loss")
         if pretrain_epochs and not beta: raise ValueError("pretrain_epochs needs beta > 0")
-        self.student = train_mode(student)
-        self.teacher = freeze(teacher, student)
         self.transfer, self.layers, self.beta = transfer, _named(student_layers, teacher_layers), beta
+        self.student = train_mode(student)
+        self.teacher = freeze(teacher, student, fold=fold, keep=self.layers[1])
         self.soft, self.alpha, self.pretrain_epochs = soft, alpha, pretrain_epochs
         self.start_epoch(0)
         learns = [student, transfer] if isinstance(transfer, nn.Module) else [student]
@@ -221,8 +239,9 @@ def _feature_kd_step(method, x, y):  # a part of weight 0 gives no gradient; sof
         logits, maps = features(model, x, layers) if weights["transfer"] else (model(x), None)
         return full(logits_of(logits, len(x))), maps
 
-    if weights["soft"] or weights["transfer"]:
+    if weights["transfer"]:
         with torch.no_grad(): teacher_logits, theirs = answer(method.teacher, method.layers[1])
+    elif weights["soft"]: teacher_logits = frozen_logits(method.teacher, x)
     logits, ours = answer(method.student, method.layers[0])
     parts = {"hard": F.cross_entropy(logits, y)}
     parts["soft"] = method.soft(logits, teacher_logits) if weights["soft"] else logits.new_zeros(())

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_choice, check_numbers, full, logits_of
-from .learning import freeze, kl_divergence, learning, train_mode, update
+from .learning import freeze, frozen_logits, kl_divergence, learning, train_mode, update
 
 # %% ../nbs/10_kd.ipynb #eae95900
 def kd_loss(
@@ -50,7 +50,7 @@ class KD:
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         "One update on x (B, C, H, W) in [0, 1] and y (B,); `loss` = (1 - alpha) hard + alpha soft."
-        with torch.no_grad(): teacher_logits = logits_of(self.teacher(x), len(x))
+        teacher_logits = frozen_logits(self.teacher, x)
         student_logits = full(logits_of(self.student(x), len(x)))
         soft = kd_loss(student_logits, teacher_logits, self.temperature, self.reduction)
         hard = F.cross_entropy(student_logits, y)

@@ -24,15 +24,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .checks import check_choice, check_numbers, describe, logits_of, needs, shown, unknown, write_whole
+from .checks import check_numbers, describe, logits_of, needs, shown, sides, unknown, write_whole
 
 # %% ../nbs/01_models.ipynb #543aaca9
 class Normalize(nn.Module):
     "(x - mean) / std per channel, as a model's first layer; without mean and std it changes nothing."
-    # mean, std: C numbers, or None for 0 and 1; image_size: H = W that images must have, or None for any
-    def __init__(self, mean=None, std=None, in_channels: int = 3, image_size: int | None = None):
+    # mean, std: C numbers, or None for 0 and 1; image_size: what images must have, or None for any
+    def __init__(self, mean=None, std=None, in_channels: int = 3, image_size=None):
         super().__init__()
-        self.wanted = (in_channels, image_size, image_size)
+        self.wanted = (in_channels, *(_sides(image_size) if image_size else (None, None)))
         for name, values, rule in (("mean", mean, ""), ("std", std, "> 0")):
             if values is None: values = [float(name == "std")] * in_channels
             if not hasattr(values, "__len__") or len(values) != in_channels:
@@ -53,6 +53,9 @@ class Normalize(nn.Module):
         found = (m for m in model.modules() if isinstance(m, Normalize))
         return next(((m.mean, m.std) for m in found), (0.0, 1.0))
 
+
+def _sides(image_size): return sides("in [1, 10000]", image_size=image_size)
+
 # %% ../nbs/01_models.ipynb #49a0a734
 class PadShortcut(nn.Module):
     "Every stride-th pixel, and `extra` new channels of zeros at the end (He et al. 2015, option A)."
@@ -61,7 +64,7 @@ class PadShortcut(nn.Module):
         self.extra, self.stride = extra, stride
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) to (B, C + extra, H / stride, W / stride)
-        return nn.functional.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, 0, self.extra))
+        return nn.functional.pad(nn.functional.avg_pool2d(x, 1, self.stride), (0, 0, 0, 0, 0, self.extra))
 
 # %% ../nbs/01_models.ipynb #fa32cf20
 class Residual(nn.Module):
@@ -72,7 +75,7 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) to (B, D, H / stride, W / stride)
         out = self.body(x) + self.shortcut(x)
-        return torch.relu(out) if self.relu else out
+        return out.relu_() if self.relu else out  # in place: nobody else has seen the sum
 
 # %% ../nbs/01_models.ipynb #3d3a4126
 def _conv(in_channels, channels, kernel=3, stride=1, groups=1):
@@ -85,8 +88,7 @@ def _conv_bn(in_channels, channels, kernel=3, stride=1, groups=1, relu=True):
 
 
 def _shortcut(option, in_channels, channels, stride):
-    if stride == 1 and in_channels == channels:
-        return nn.Identity()
+    if stride == 1 and in_channels == channels: return nn.Identity()
     pad = PadShortcut(channels - in_channels, stride)
     return pad if option == "A" else _conv_bn(in_channels, channels, 1, stride, relu=False)
 
@@ -138,8 +140,7 @@ class Net(nn.Module):
         x = self.stem(self.normalize(x))
         for name in self.feature_layers:
             x = getattr(self, name)(x)
-            if maps is not None:
-                maps[name] = x  # `features` asks for these
+            if maps is not None: maps[name] = x  # `features` asks for these
         return self.linear(self.head(x))
 
 # %% ../nbs/01_models.ipynb #a3a0e7b3
@@ -228,19 +229,19 @@ def create_model(
     name: str,                # see `list_models`; or timm:NAME, torchvision:NAME
     num_classes: int = 10,    # K >= 2
     in_channels: int = 3,     # C of the images
-    image_size: int = 32,     # H = W; an mlp or a ViT reads this size only, most others take any
+    image_size=32,            # H = W, or (H, W); an mlp or a ViT reads this size only, most others take any
     mean=None,                # of the training images, C numbers; None: 0
     std=None,                 # of the training images, C numbers > 0; None: 1
     seed: int | None = None,  # initialisation of its own; None draws from torch's global generator
 ) -> nn.Module:               # (B, C, H, W) float in [0, 1] -> (B, K) logits; in training mode
     "A network with fresh weights; in the zoo convolutions He-normal (fan out), the rest as PyTorch begins."
     check_model(name)
-    sizes = dict(num_classes=num_classes, in_channels=in_channels, image_size=image_size)
-    for rule, key in zip(("in [2, 1000000]", "in [1, 10000]", "in [1, 10000]"), sizes, strict=True):
-        check_numbers(f"whole {rule}", **{key: sizes[key]})
-        sizes[key] = int(sizes[key])
+    check_numbers("whole in [2, 1000000]", num_classes=num_classes)
+    check_numbers("whole in [1, 10000]", in_channels=in_channels)
+    h, w = _sides(image_size)
+    sizes = dict(num_classes=int(num_classes), in_channels=int(in_channels))
+    sizes["image_size"] = (h, w) if h != w else h
     if seed is not None: check_numbers("whole", seed=seed)
-    seed = seed if seed is None else int(seed)
     build = partial(_build, name, mean, std, **sizes)
     try:
         with torch.device("meta"): trial = build()  # no memory, no random numbers
@@ -254,7 +255,7 @@ def create_model(
     if name.startswith("wrn"):
         nn.init.zeros_(model.linear.bias)
     mean, std = (v if v is None else [float(u) for u in v] for v in (mean, std))
-    model.config = dict(name=name, **sizes, mean=mean, std=std, seed=seed)
+    model.config = dict(name=name, **sizes, mean=mean, std=std, seed=seed if seed is None else int(seed))
     return model
 
 # %% ../nbs/01_models.ipynb #47a6e95a
@@ -263,7 +264,7 @@ def _build(name, mean, std, num_classes, in_channels, image_size):
     family = name.split("_")[0]
     normalize = Normalize(mean, std, in_channels, image_size if family == "mlp" else None)
     parts_of = {"mlp": _mlp, "wrn": _wrn, "mobilenet": _mobilenet_v2}.get(family, _resnet)
-    *parts, width = parts_of(name, in_channels * image_size**2 if family == "mlp" else in_channels)
+    *parts, width = parts_of(name, torch.Size(normalize.wanted).numel() if family == "mlp" else in_channels)
     model = Net(normalize, *parts, nn.Linear(width, num_classes))
     if name.endswith("_trades"):
         model.sub_block1 = _wrn(name, in_channels)[1][0]  # TRADES' code has it and never calls it
@@ -284,8 +285,7 @@ def _hooked(model, x, names, maps):
     try:
         return model(x)
     finally:
-        for handle in handles:
-            handle.remove()
+        for handle in handles: handle.remove()
 
 # %% ../nbs/01_models.ipynb #103eb8dd
 def features(
@@ -301,8 +301,7 @@ def features(
         raise unknown("layer", strange[0], known, "see model.named_modules()")
     if isinstance(inner, Net) and set(names) <= set(inner.feature_layers):
         output = model(x, maps)
-    else:
-        output = _hooked(inner, x, names, maps)
+    else: output = _hooked(inner, x, names, maps)
     if lost := set(names or ()) - maps.keys():
         raise ValueError(f"layer {min(lost)!r} gave no tensor in this call")
     if not maps:
@@ -313,6 +312,7 @@ def features(
 # %% ../nbs/01_models.ipynb #845b7d3b
 def fold_batchnorm(
     model: nn.Module,  # any; left as it is
+    keep=(),           # a name or names: layers that stay as they are
 ) -> nn.Module:        # a frozen copy in evaluation mode; the same answers up to rounding
     "A copy in which each Conv2d with a BatchNorm2d right behind it in a Sequential is one Conv2d."
     if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
@@ -321,17 +321,18 @@ def fold_batchnorm(
     except RuntimeError as error:  # weights that a hook computes, as those of the old weight_norm
         raise ValueError("this network cannot be copied, so not be folded; leave it as it is: fold=False, "
                          f"fast=False ({shown(str(error))})") from None
+    names = [keep] if isinstance(keep, str) else keep or ()
+    kept = {m for n, m in model.named_modules() if n.removeprefix("_orig_mod.") in names}
+    def plain(layer, kind):  # of this very class, and nobody listens to it
+        heard = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+        return type(layer) is kind and not heard and layer not in kept
+
     for block in [m for m in model.modules() if type(m).forward is nn.Sequential.forward]:
         for (name, layer), (after, norm) in pairwise(list(block._modules.items())):
-            if _plain(layer, nn.Conv2d) and _plain(norm, nn.BatchNorm2d) and norm.running_var is not None:
+            if plain(layer, nn.Conv2d) and plain(norm, nn.BatchNorm2d) and norm.running_var is not None:
                 setattr(block, name, fuse_conv_bn_eval(layer, norm))
                 setattr(block, after, nn.Identity())
     return model.eval().requires_grad_(False)
-
-
-def _plain(layer, kind):  # of this very class, and nobody listens to it
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
-    return type(layer) is kind and not any(getattr(layer, name) for name in hooks)
 
 # %% ../nbs/01_models.ipynb #ba28c181
 def _need(extra, *packages):  # what only some users have; the last of it
@@ -377,7 +378,9 @@ def _timm(name, num_classes, in_channels, image_size):  # network, whether it ta
 
 def _torchvision(name, num_classes, in_channels, image_size):
     from torchvision.models import get_model
-    special = {"vit": dict(image_size=image_size), "maxvit": dict(input_size=(image_size, image_size))}
+    h, w = _sides(image_size)
+    if name.startswith("vit") and h != w: raise ValueError(f"its images are square, got {h} x {w}")
+    special = {"vit": dict(image_size=h), "maxvit": dict(input_size=(h, w))}
     bound = special.get(name.split("_")[0], {})
     aux = dict(aux_logits=False, init_weights=True) if name in ("inception_v3", "googlenet") else {}
     net = get_model(name, weights=None, num_classes=num_classes, **bound, **aux)
@@ -390,7 +393,7 @@ def _torchvision(name, num_classes, in_channels, image_size):
 
 @torch.no_grad()
 def _try_images(model, num_classes, in_channels, image_size):  # on the meta device: shapes alone
-    x = torch.zeros(1, in_channels, image_size, image_size, device=model.normalize.mean.device)
+    x = torch.zeros(1, in_channels, *_sides(image_size), device=model.normalize.mean.device)
     try: logits_of(model.eval()(x), 1)
     except Exception as error:
         raise ValueError(f"this network cannot read images {tuple(x.shape[1:])}: {_reason(error)}") from None
@@ -419,8 +422,8 @@ def _check_weights(state):
     "One kind of float, finite, no negative variance: what a network can compute with."
     floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     kinds = {t.dtype for t in state.values() if t.dtype not in (torch.int64, torch.bool)}  # counts, masks
-    if len(kinds) != 1: raise ValueError(f"weights must be of one dtype, got {shown([*map(str, kinds)])}")
-    check_choice(floats, **{"the dtype of weights": kinds.pop()})
+    if len(kinds) != 1 or not kinds <= {*floats}:
+        raise ValueError(f"the dtype of weights must be one dtype among {shown(floats)}, got {shown(kinds)}")
     for key, t in state.items():
         low = {"running_var": 0.0, "std": 1e-30}.get(key.rsplit(".", 1)[-1], -float("inf"))
         if not bool(t.isfinite().all()) or bool((t < low).any()):
@@ -554,7 +557,7 @@ def export_onnx(
     "Write a network, BatchNorm folded and for batches of any size, as an ONNX file that was checked."
     runtime = _need("onnx", "onnx", "onnxscript", "onnxruntime")
     config = _config(getattr(model, "_orig_mod", model))
-    if example is None and config: shape = config["in_channels"], config["image_size"], config["image_size"]
+    if example is None and config: shape = config["in_channels"], *_sides(config["image_size"])
     elif getattr(example, "ndim", 0) == 4: shape = example.shape[1:]
     else: raise ValueError(f"example must be images (B, C, H, W), got {describe(example)}")
     net = fold_batchnorm(getattr(model, "_orig_mod", model)).cpu().float()

@@ -37,7 +37,7 @@ from kdnb.runs import (
     protocol_name,
     results_table,
 )
-from .workers import check_setup, hear, run_folder, run_here, run_on_ray
+from .workers import check_setup, hear, keep_heap, run_folder, run_here, run_on_ray
 
 # %% ../nbs/06_runner.ipynb #e04d1c62
 def _output_name(name, every):  # 10_kd.PRESET.what-differs.seed0.ipynb
@@ -105,7 +105,7 @@ def _execute(path, output, values, cwd, timeout):
     part, failed = output.with_suffix(".part.ipynb"), output.with_suffix(".failed.ipynb")
     files = [re.sub("([{}])", r"\1\1", str(p)) for p in (path, part)]  # papermill fills {names} in
     try:
-        with _progress(): papermill.execute_notebook(
+        with _progress(), keep_heap(): papermill.execute_notebook(
             *files, values, kernel_name="python3", progress_bar=sys.stderr.isatty(), cwd=str(cwd),
             execution_timeout=timeout, extra_arguments=["--log-level=CRITICAL"])
     except BaseException as error:
@@ -148,7 +148,7 @@ def run_notebook(
     output = _check_output(output or Path(folder) / out)
     needs("run", "papermill", "ipykernel")
     cwd = Path(cwd or run_folder()).absolute()
-    check_setup(name, values, cwd)
+    if not os.environ.pop("KDNB_CHECKED", None): check_setup(name, values, cwd)     # a sweep did, before
     output.parent.mkdir(parents=True, exist_ok=True)
     log(f"{name}: preset {every.get('preset')}, seed {every.get('seed')}")
     with tempfile.TemporaryDirectory() as folder:
@@ -335,7 +335,8 @@ def _list(name):  # what `kdnb list` prints
         lesson = Lesson(name)
         lines = [f"{lesson.name}: presets {', '.join(['default', *lesson.presets])}"]
         for key, (kind, default, words) in lesson.parameters.items():
-            lines.append(f"  {key:<20} {kind.__name__:<6} {default!r:<14} {words}")
+            about = kind.__name__ if isinstance(kind, type) else kind
+            lines.append(f"  {key:<20} {about!s:<9} {default!r:<14} {words}")
         return "\n".join(lines)
     titles = {n: _read_cells(p)[0]["source"] for n, p in notebooks().items()}
     return "\n".join(f"{n:<14} {''.join(t).splitlines()[0][2:]:<50} {' '.join(Lesson(n).presets)}".rstrip()

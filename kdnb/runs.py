@@ -28,10 +28,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from . import __version__
-from .checks import check_choice, check_numbers, parse_rule, shown, unknown
+from .checks import check_choice, check_numbers, shown, sides, unknown
 
 # %% ../nbs/05_runs.ipynb #c04f2363
-_TYPES = {"int": int, "float": float, "str": str, "bool": bool}
+_TYPES = {"int": int, "float": float, "str": str, "bool": bool, "int | str": int | str}
 
 def run_parameters(namespace: dict) -> dict:  # a notebook's `globals()` -> name: int, float, str or bool
     "The annotated scalar variables of a notebook, no `_private` ones; if none is annotated, all scalars."
@@ -119,8 +119,7 @@ def _torn(data):  # bytes of a file of cards -> where a last line begins that is
 
 def save_card(card: dict, folder: str | Path) -> Path | None:  # of NOTEBOOK.jsonl; folder "" keeps nothing
     "Append the card as one line, beside other processes; OSError, the file as it was, if the disk is full."
-    if not str(folder):
-        return None
+    if not str(folder): return None
     path = Path(folder) / f"{card['notebook']}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(card, allow_nan=False).encode() + b"\n"
@@ -171,10 +170,8 @@ def load_cards(
     like: dict | None = None,  # all parameters of a run: only cards of its protocol and its seed
 ) -> list:  # of cards, the oldest first
     "The recorded runs of a notebook; a card with a reason under `superseded` stays in its file only."
-    if folder is None:
-        folders = [lessons_folder() / "results", Path("results"), Path("runs")]
-    else:
-        folders = [Path(folder)]
+    folders = [lessons_folder() / "results", Path("results"), Path("runs")]
+    if folder is not None: folders = [Path(folder)]
     cards = []
     for path in dict.fromkeys((f / f"{notebook}.jsonl").resolve() for f in folders):
         data = path.read_bytes() if path.exists() else b""
@@ -239,12 +236,12 @@ class Lesson:
 def _parameter(line, lesson):  # "lr: float = 0.1  # > 0; rate" -> {"lr": (float, 0.1, "> 0; rate")}
     try:
         node = ast.parse(line).body[0]
-        kind, value = _TYPES[node.annotation.id], ast.literal_eval(node.value)
+        kind, value = _TYPES[ast.unparse(node.annotation)], ast.literal_eval(node.value)
         comment = line.encode()[node.end_col_offset:].decode().strip(" #")
         found = {node.target.id: (kind, value, comment)}
         _check(found, {node.target.id: value})
     except (AttributeError, KeyError, SyntaxError, ValueError):
-        rule = "must read `name: int|float|str|bool = literal  # meaning`"
+        rule = f"must read `name: {'|'.join(_TYPES)} = literal  # meaning`"
         raise ValueError(f"{lesson}: the parameter `{line}` {rule}") from None
     return found
 
@@ -253,21 +250,24 @@ def _check(declared, values):  # unknown names, wrong types
     for name, value in values.items():
         if name not in declared: raise _unknown(name, declared)
         kind = declared[name][0]
-        fits = type(value) in ((float, int) if kind is float else (kind,))
+        fits = type(value) in {float: (float, int), int | str: (int, str)}.get(kind, (kind,))
         if not fits or (kind is float and not abs(value) < float("inf")):
             hint = " (write True or False)" if kind is bool else ""
             if kind is float and isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+[eE][-+]?\d+", value):
                 hint = " (YAML takes 1e-3 for text: write 1.0e-3)"
-            raise ValueError(f"{name} must be {kind.__name__}, got {shown(value)}{hint}")
+            words = kind.__name__ if isinstance(kind, type) else kind
+            raise ValueError(f"{name} must be {words}, got {shown(value)}{hint}")
         _rule(*declared[name])(name, value)
 
 # %% ../nbs/05_runs.ipynb #87289045
 def _rule(kind, default, words):  # what a comment begins with: "> 0;", "each in (0, 1);", "none, crop;"
     rule, each = words.partition(";")[0].strip(), kind is str and words.startswith("each ")
     rule = rule.removeprefix("each ")
+    if rule.endswith(" or HxW"):
+        return lambda name, value: sides(rule.removesuffix(" or HxW"), **{name: value})
     if (each or kind in (int, float)) and re.fullmatch(r"(whole )?(in [\[(].+[\])]|[<>]=? [\d.]+)", rule):
         rule = "whole " * (kind is int) + rule
-        parse_rule(rule)
+        check_numbers(rule)
         return lambda name, value: [check_numbers(rule, **{name: v}) for v in _numbers_in(value, each, rule)]
     choices = [choice.strip('"') for choice in re.split(r", | or ", rule)]
     words_only = all(re.fullmatch(r"[\w.-]*", choice) for choice in choices)

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import cached
 from .attacks import attack_name, frozen, pgd
 from .checks import check_choice, check_labels, check_logits, check_numbers, compiling, full, logits_of
 from .kd import kd_loss
-from .learning import freeze, learning, train_mode, update
+from .learning import freeze, frozen_logits, learning, train_mode, update
 from .robust import attacked, ready_attack
 
 # %% ../nbs/24_tfkd.ipynb #66610c07
@@ -152,8 +152,7 @@ class TfKD:
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         "One update on x (B, C, H, W) in [0, 1] and y (B,)."
-        if self.mode == "self":
-            with torch.no_grad(): teacher_logits = logits_of(self.teacher(x), len(x))
+        if self.mode == "self": teacher_logits = frozen_logits(self.teacher, x)
         logits = logits_of(self.student(self.opposed(x, y)), len(x))
         if self.mode == "self": loss = tf_kd_self_loss(logits, teacher_logits, y, **self.settings)
         else: loss = tf_kd_reg_loss(logits, y, **self.settings)

@@ -41,7 +41,7 @@ from kdnb.checks import (
     unknown,
 )
 from .data import Batches, Images
-from .learning import learning, train_mode, update
+from .learning import learning, remembering, train_mode, update
 
 # %% ../nbs/03_training.ipynb #7b04cabe
 def seed_everything(seed: int) -> None:
@@ -297,6 +297,7 @@ class _Asked:
     max_steps: int = 0                   # > 0: stop after so many steps in all (a trial run)
     trackers: Iterable[Callable[[dict], object]] = ()   # each is called with every row
     progress: str = "auto"               # "auto", "bar", "notebook", "lines", "off"
+    remember: bool | None = None         # ask a frozen teacher once about images that stay; None: if it pays
     sync_batchnorm: bool = False         # several processes, each with a GPU: BatchNorm sees the whole batch
 
 # %% ../nbs/03_training.ipynb #0e8ec9f1
@@ -420,6 +421,7 @@ class _Fed(_Placed):
         if len(x) == 1: self._check_single()
         dtype = self.dtype if x.is_floating_point() else x.dtype
         x_there, y_there = x.to(self.device, dtype, non_blocking=True), y.to(self.device, non_blocking=True)
+        if own: self.batches.moved(x, x_there)
         if x.ndim == 4 and not own: self.losses.pixels.append(torch.stack((x_there.amin(), x_there.amax())))
         if first:
             _check_pixels(self.losses, self.done["step"] + 1)
@@ -569,6 +571,10 @@ def fit(method, batches: Iterable | None = None, **options) -> History:
     mid-epoch draws its order again from the states, at the epoch's start, of the global streams and its
     `generator`; streams that a data set hides are not known.
 
+    With `remember`, what a method asks a frozen teacher by `frozen_logits` is kept for images that `Batches`
+    does not augment: N K numbers on the device, at most 1 GiB. False: never; True: always, a ValueError for
+    other batches; None: if the run is longer than an epoch, or has a checkpoint to go on from.
+
     Several processes (torchrun) train as one on the same `Batches`, up to the order of sums, but for this:
     BatchNorm sees a process's own images, and validation the first one's statistics, unless `sync_batchnorm`;
     every process draws its own dropout, noise and random starts of attacks; what a method picks among the
@@ -577,12 +583,13 @@ def fit(method, batches: Iterable | None = None, **options) -> History:
     with ExitStack() as undo:
         undo.callback(restore_random, None, random_states(None))
         run = _Run(method, batches, **options)
+        total = min(run.epochs * run.epoch_steps, run.stop)
+        undo.enter_context(remembering(batches, run.remember, math.inf if run.checkpoint else total))
         modules = run._prepare(undo)
         if run.sync_batchnorm and world() > 1: _share_statistics(run, modules, undo)
         keeper = Checkpoint(run)
         keeper.load()
         _same_everywhere(modules)
-        total = min(run.epochs * run.epoch_steps, run.stop)
         bar = _Progress(run.progress, total, run.done["step"], run.epochs)
         undo.callback(bar.close)
         try: run.train(modules, keeper, bar)

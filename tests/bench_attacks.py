@@ -78,14 +78,14 @@ def check_same(ours, peer):
 # ---- PGD: an evaluation, and the bare loop
 
 
-def bench_evaluation(name, n, size, rounds, target=""):
+def bench_evaluation(name, n, size, rounds, target="", precision="fp32"):
     model, images, x, y = task(name, n, size)
     eps, verdicts = radius(model, images), {}
     attack = partial(pgd, eps=eps, step_size=eps / 4, steps=20, early_stop=True)
     theirs = torchattacks.PGD(model, eps=eps, alpha=eps / 4, steps=20)
 
     def ours():
-        verdicts["ours"] = still_right(model, images, attack, batch_size=n, seed=0)
+        verdicts["ours"] = still_right(model, images, attack, batch_size=n, seed=0, precision=precision)
 
     def peer():
         torch.manual_seed(0)
@@ -96,7 +96,8 @@ def bench_evaluation(name, n, size, rounds, target=""):
     ours(), peer()
     check_same(verdicts["ours"], verdicts["peer"])
     left = verdicts["ours"].sum().item()
-    compare(f"PGD-20, {name}, {size} px, {left} of {n} survive", ours, peer, rounds, target=target)
+    what = f"PGD-20, {name}, {size} px, {left} of {n} survive{', bf16 first' * (precision == 'bf16')}"
+    compare(what, ours, peer, rounds, target=target)
 
 
 def bench_bare(name, n, rounds, precision=None, target=""):
@@ -239,6 +240,7 @@ if __name__ == "__main__":
         bench_ard(rounds)
     else:
         bench_evaluation("resnet8", 256, 32, rounds, ">= 4.5")
+        bench_evaluation("resnet8", 256, 32, rounds, precision="bf16")
         bench_evaluation("resnet20", 256, 32, rounds)
         bench_evaluation("resnet18", 64, 16, rounds)
         bench_bare("resnet20", 64, rounds)

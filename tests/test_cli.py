@@ -265,6 +265,31 @@ def test_setup_is_checked_elsewhere(toy):
 # ---------------------------------------------------------------- runs
 
 
+def malloc():
+    return {name: value for name, value in os.environ.items() if name.startswith(("MALLOC_", "GLIBC_"))}
+
+
+@pytest.mark.skipif(workers.platform.libc_ver()[0] != "glibc", reason="of glibc")
+@pytest.mark.parametrize("own", [{}, {"MALLOC_ARENA_MAX": "2"}, {"GLIBC_TUNABLES": "glibc.malloc.perturb=0"}])
+def test_kernels_keep_their_memory_unless_told_otherwise(toy, monkeypatch, own):
+    told = "import json, os; open('told', 'a').write(json.dumps(dict(os.environ)) + chr(10))"
+    notebook(toy / "nbs/95_told.ipynb", PARAMETERS, told)
+    for name in malloc(): monkeypatch.delenv(name)
+    for name, value in own.items(): monkeypatch.setenv(name, value)
+    run_notebook("told", output=toy / "a.ipynb", log=lambda line: None)
+    assert malloc() == own      # never in the caller's process
+    check, kernel = map(json.loads, (toy / "nbs/told").read_text().splitlines())
+    assert {k: v for k, v in check.items() if k.startswith(("MALLOC_", "GLIBC_"))} == own
+    heap = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "1099511627776"}
+    assert {k: v for k, v in kernel.items() if k.startswith(("MALLOC_", "GLIBC_"))} == (own or heap)
+
+
+def test_a_sweep_checks_each_run_once(toy):
+    notebook(toy / "nbs/95_told.ipynb", PARAMETERS, "open('told', 'a').write(f'{seed} ')")
+    assert {*sweep("told", {"seed": [1, 2]}, log=lambda line: None).values()} == {"done"}
+    assert sorted((toy / "nbs/told").read_text().split()) == ["1", "1", "2", "2"]     # check, and run
+
+
 def test_same_as_papermill(toy):
     "kdnb run and papermill's own command: the same cells, outputs and card."
     ours = kdnb("run", "90_toy", "-f", "long", "-p", "seed", "3", "-p", "lr", "1", "-o", "a/{ours}.ipynb")

@@ -5,6 +5,8 @@ import hashlib
 import os
 import shutil
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from kdnb.data import _MNIST_SHA256, Batches, Images, _split, check_data, load_data, moons, rings
+from kdnb.data import _MNIST_SHA256, Batches, Images, _split, check_data, load_data, moons, read_images, rings
 
 
 def refuses(words, action, kinds=(ValueError, FileNotFoundError)):
@@ -114,7 +116,7 @@ def test_odd_folders(birds):
     refuses("no folder train/CLASS/", lambda: load_data("folder:bees", where))
     refuses("expected 00", lambda: load_data("folder:birds", where, sha256="00"))
     Image.fromarray(np.zeros((9, 12, 3), np.uint8)).save(birds / "train" / "owl" / "wide.png")
-    refuses("12x9: images must be square", lambda: load_data("folder:birds", where))
+    refuses("one size, HxW: .* is 9x12, others are 8x8", lambda: load_data("folder:birds", where))
     assert load_data("folder:birds", where, image_size=6).image_size == 6
     (birds / "train" / "owl" / "wide.png").write_text("hello")
     refuses("not a readable image: train/owl/wide.png", lambda: load_data("folder:birds", where))
@@ -122,6 +124,26 @@ def test_odd_folders(birds):
     (birds / "test" / "crow").mkdir()
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(birds / "test" / "crow" / "0.png")
     refuses(r"classes that train/ lacks: \['crow'\]", lambda: load_data("folder:birds", where))
+
+
+def test_pictures_need_not_be_square(tmp_path):
+    "Height first; what covers the size is cut in the middle; equal sides are one number, in the cache too."
+    for n, (part, kind) in enumerate([(p, k) for p in ("train", "test") for k in ("owl", "wren")]):
+        for k in range(2): paint(tmp_path / part / kind / f"{k}.png", np.full((12, 30), 40 * n, np.uint8))
+    name = f"folder:{tmp_path}"
+    data = load_data(name)
+    assert data.image_size == (12, 30) and data.train.x.shape[1:] == (1, 12, 30)
+    for size in ((6, 10), [6, 10], "6x10"):
+        cut = load_data(name, image_size=size)
+        assert cut.image_size == (6, 10) and cut.train.x.shape[1:] == (1, 6, 10)
+    square = load_data(name, image_size=6)
+    assert square.image_size == 6 and load_data(name, image_size="6x6").sha256 == square.sha256
+    ramp = np.arange(12 * 30, dtype=np.uint8).reshape(12, 30)
+    paint(tmp_path / "ramp.png", ramp)
+    assert read_images([tmp_path / "ramp.png"], (12, 20))[0, 0].equal(torch.from_numpy(ramp[:, 5:25]))
+    for size in ("6x", "6x0", (0, 6), (6,), (6, 10, 2), "6X10", "-6x10", 2.5, [6, True]):
+        rule = r"image_size must be a whole number >= 0, or two of them as \(H, W\) or HxW, got"
+        refuses(rule, lambda: load_data(name, image_size=size))  # noqa: B023
 
 
 def paint(path, array, **kw):
@@ -310,3 +332,37 @@ def test_every_image_once_an_epoch(n, size, drop_last, augment):
     assert len(seen) == (n // size * size if drop_last else n)
     if augment == "none":
         assert all(x.equal(images.floats(y)) for x, y in batches.epoch(4))
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 600])
+@pytest.mark.parametrize("augment", ["none", "crop", "crop_flip"])
+def test_padded_pixels_are_those_of_the_plain_recipe(count, augment):
+    x = torch.randint(0, 256, (count, 3, 5, 7), dtype=torch.uint8)
+    images = Images(x.transpose(2, 3), torch.zeros(count), ("a",))      # in any layout
+    made = Batches(images, 1, augment=augment, padding=2).pixels
+    padded = torch.nn.functional.pad(images.x, [0 if augment == "none" else 2] * 4)
+    if augment == "crop_flip":
+        padded = torch.cat([padded, padded.flip(3)])
+    assert made.is_contiguous() and made.equal(padded.permute(0, 2, 3, 1))
+
+
+PEAK = """
+import re, sys, torch
+from kdnb.data import Batches, Images
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+
+x = torch.randint(0, 256, (20000, 3, 32, 32), dtype=torch.uint8)
+images = Images(x, torch.zeros(len(x)), ("a",))
+Batches(images.first(300), 1, augment="crop_flip")
+before = peak()
+batches = Batches(images, 1, augment="crop_flip")
+print((peak() - before) / batches.pixels.numel())
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak is read from Linux's /proc")
+def test_batches_take_no_more_memory_than_they_keep():
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    assert 0.5 < float(done.stdout) < 1.1      # whole copies, padded and permuted, took 2

@@ -295,6 +295,97 @@ def test_fast_and_slow_agree(conv, few):
     assert still_right(conv, few, kept).equal(still_right(conv, few, kept, fast=False))
 
 
+def in_bf16(attack):
+    def low(model, x, y):
+        with torch.autocast("cpu", torch.bfloat16):
+            return attack(model, x, y)
+
+    return low
+
+
+def twice(model, x, y):
+    "An attack of one's own, which keeps all images to the end."
+    x_adv = (x + EPS * (2 * torch.rand_like(x) - 1)).clamp(0, 1).requires_grad_()
+    (slope,) = torch.autograd.grad(F.cross_entropy(model(x_adv), y), x_adv)
+    return (x + EPS * slope.sign()).clamp(0, 1)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        partial(pgd, eps=0.08, steps=10, early_stop=True),
+        partial(pgd, eps=0.08, steps=10),
+        partial(pgd, eps=0.08, steps=5, early_stop=True, restarts=3),
+        partial(pgd, eps=0.6, norm="l2", steps=10, early_stop=True),
+        twice,
+    ],
+    ids=["early stop", "to the end", "restarts", "l2", "one's own"],
+)
+@pytest.mark.parametrize("batch_size", [40, 16])
+def test_a_bf16_search_breaks_no_less(conv, few, attack, batch_size):
+    "What either attack breaks is broken, nothing else; the second begins where the only one would."
+    seen, left = [], partial(still_right, conv, few, batch_size=batch_size)
+
+    def watched(model, x, y):
+        seen.append((torch.is_autocast_enabled("cpu"), torch.get_rng_state(), attack(model, x, y), x))
+        return seen[-1][2]
+
+    low, high = left(in_bf16(attack)), left(attack)
+    both = left(watched, precision="bf16")
+    assert both.equal(low & high) and both.sum() <= high.sum() and 0 < high.sum() < len(few)
+    assert [autocast for autocast, *_ in seen] == [True, False] * (len(seen) // 2)
+    assert all(a[1].equal(b[1]) for a, b in zip(seen[::2], seen[1::2], strict=True))
+    if getattr(attack, "keywords", {}).get("norm") != "l2":
+        assert all((x_adv - x).abs().amax() <= EPS + 1e-6 for *_, x_adv, x in seen)
+    assert all(0 <= x_adv.amin() and x_adv.amax() <= 1 for *_, x_adv, _ in seen)
+
+
+class Fickle(nn.Module):
+    "Under autocast it answers something else."
+
+    def __init__(self, model, under):
+        super().__init__()
+        self.model, self.under, self.rows = model, under, [0, 0]
+
+    def forward(self, x):
+        low = torch.is_autocast_enabled("cpu")
+        self.rows[low] += len(x)
+        return self.under(self.model(x)) if low else self.model(x)
+
+
+@pytest.mark.parametrize("early_stop", [False, True])
+def test_a_bf16_that_lies_costs_time_and_no_verdict(natural, few, early_stop):
+    attack = partial(pgd, eps=EPS, steps=5, early_stop=early_stop)
+    wanted = still_right(natural, few, attack, fast=False)
+    for under in (lambda z: z.flip(1), lambda z: 0 * z, lambda z: z.detach() + 0 * z):
+        model = Fickle(natural, under)
+        assert still_right(model, few, attack, fast=False, precision="bf16").equal(wanted)
+        assert robust_accuracy(model, few, attack, precision="bf16") == wanted.double().mean().item()
+
+
+@pytest.mark.parametrize("early_stop", [False, True])
+def test_what_bf16_broke_is_not_attacked_again(natural, few, early_stop):
+    attack, model = partial(pgd, eps=EPS, steps=5, early_stop=early_stop), Fickle(natural, lambda z: z)
+    still_right(model, few, attack, fast=False)
+    plain, model.rows = model.rows[0], [0, 0]
+    left = still_right(model, few, attack, fast=False, precision="bf16").sum().item()
+    judged = len(few) + 2 * round(accuracy(natural, few) * len(few))
+    again = model.rows[0] - judged
+    assert 5 * left <= again <= 5 * left + 10 < plain - 10
+
+
+def test_early_stop_breaks_no_less(natural, robust, digits):
+    "An image that rests where it first fools may be one that PGD would have led back: not the same verdict."
+    images, fewer = digits.test.subset(torch.arange(200)), 0
+    for model in (natural, robust):
+        for objective in ("ce", "margin"):
+            attack = partial(pgd, eps=EPS, step_size=EPS / 2, steps=10, objective=objective)
+            late, early = (still_right(model, images, partial(attack, early_stop=e)) for e in (False, True))
+            assert bool((late | ~early).all())
+            fewer += (late & ~early).sum().item()
+    assert fewer
+
+
 def test_closed_form_on_a_linear_model():
     "Of two classes, an image at distance d in linf from the border falls at eps > d and not before."
     model = Linear(2)
@@ -549,6 +640,7 @@ NAN = torch.tensor([[0.0, 1.0], [2.0, float("nan")], [0.0, 0.0]])
         (lambda m, i: calibration_error(NAN, torch.zeros(3)), "logits hold NaN or infinite values"),
         (lambda m, i: agreement(torch.zeros(3, 2), NAN), "logits_b hold NaN or infinite values"),
         (lambda m, i: agreement(NAN, torch.zeros(3, 2)), "logits_a hold NaN"),
+        (lambda m, i: robust_accuracy(m, i, pgd, precision="fp16"), "precision must be fp32 or bf16, got"),
         (lambda m, i: robust_accuracy(m, i, pgd, batch_size=2.5), "batch_size must be a whole .*, got 2.5"),
         (lambda m, i: evaluate(m, i, batch_size="9"), "batch_size must be a whole number >= 1, got '9'"),
         (lambda m, i: evaluate(m, i, seed=None), "seed must be a whole number, got None"),

@@ -12,13 +12,17 @@ import IPython
 import nbformat
 import pytest
 import torch
-from conftest import same
+from conftest import same, stream
+from PIL import Image
 
 from kdnb import checks, runner
+from kdnb import experiment as room
+from kdnb.data import Data, Images
 from kdnb.experiment import Experiment
 from kdnb.kd import KD
-from kdnb.models import create_model, load_model
-from kdnb.runs import Lesson, load_cards
+from kdnb.models import create_model, load_model, save_model
+from kdnb.runner import predict_images
+from kdnb.runs import Lesson, load_cards, notebooks
 from kdnb.training import Supervised, accuracy
 
 GUIDE = Path(__file__).parent.parent / "docs" / "write-a-lesson.md"
@@ -55,6 +59,21 @@ def test_the_guides_lesson_runs_with_what_an_arm_needs(folder):
     assert card["metrics"]["logits | accuracy"] > 0.8
 
 
+def test_a_lesson_runs_on_pictures_that_are_not_square(folder):
+    pixels = torch.randint(256, (40, 12, 30, 3), generator=stream(0), dtype=torch.uint8)
+    for k, picture in enumerate(pixels):
+        path = folder / "shots" / ("test", "train")[k % 4 > 0] / "ab"[k % 2] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture.numpy()).save(path)
+    words = "-p data folder:./shots -p image_size 8x12 -p batch_size 8 -p results wide -o wide.ipynb".split()
+    done = kdnb(folder, "run", "99_example", "-p", "arms", "match", *words)
+    assert done.returncode == 0, done.stderr
+    (card,) = load_cards("99_example", folder / "wide")
+    assert card["parameters"]["image_size"] == "8x12"
+    save_model(create_model("mlp_4", 2, image_size=(8, 12), seed=0), folder / "net")
+    assert predict_images(folder / "net", [path])[0][1] in ("0", "1")
+
+
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
@@ -65,6 +84,7 @@ def test_the_guides_lesson_runs_with_what_an_arm_needs(folder):
         ("augment", "flip", "augment must be none, crop or crop_flip, got 'flip'"),
         ("lr_drops", "0.5 2", "lr_drops must lie in (0, 1), got 2.0"),
         ("lr_drops", "half", "lr_drops must be a number in (0, 1), got 'half'"),
+        ("image_size", "24x", "image_size must be a whole number >= 0, or two of them"),
         ("max_steps", "-1", "max_steps must be a whole number >= 0, got -1"),
         ("batch_size", "5000", "batch_size must be a whole number in [1, 1078]"),
         ("results", "out.file/cards", "results must be a folder that can be written"),
@@ -99,6 +119,49 @@ def test_checkpoints_are_named_by_what_is_trained():
     for other in ({"lr": 0.1}, {"seed": 1}, {"student": "mlp_8"}):
         assert Path(experiment(checkpoints="a", **other).keep("KD")).name != kept
     assert experiment().keep("KD") is None
+
+
+@pytest.fixture
+def many_cores(monkeypatch):
+    monkeypatch.setattr(room, "_MOST", 6)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(
+    ("model", "channels", "size", "batch_size", "threads"),
+    [
+        ("mlp_400_400", 1, 8, 64, 1),       # 12 million multiply-adds a batch
+        ("resnet14", 1, 8, 64, 1),          # 104
+        ("mlp_1200_1200", 1, 28, 128, 1),   # 306
+        ("resnet8", 1, 28, 64, 2),          # 585
+        ("resnet8", 3, 32, 32, 1),          # 392
+        ("resnet8", 3, 32, 64, 3),          # 783
+        ("resnet8", 3, 32, 128, 6),         # 1567
+        ("resnet20", 3, 32, 128, 6),        # 5191: no more than there are
+    ],
+)
+def test_a_thread_for_every_250_million_multiply_adds(
+    monkeypatch, many_cores, model, channels, size, batch_size, threads
+):
+    images = Images(torch.zeros(200, channels, size, size), torch.arange(200) % 10, tuple("0123456789"))
+    data = Data("toy", images, images, images, (0.0,) * channels, (1.0,) * channels, "")
+    monkeypatch.setattr(room, "load_data", lambda *a, **k: data)
+    run = experiment(teacher=model, batch_size=batch_size, epochs=1)
+    assert torch.get_num_threads() == 1
+    assert run.data is data and torch.get_num_threads() == threads
+    for own in (1, 5):
+        assert experiment(teacher=model, batch_size=batch_size, threads=own).data is data
+        assert torch.get_num_threads() == own
+    monkeypatch.setattr(room, "_MOST", 1)      # as by OMP_NUM_THREADS=1
+    assert experiment(teacher=model, batch_size=batch_size).data is data and torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("name", [n for n in notebooks() if n[0] in "12"])
+def test_lessons_on_digits_keep_one_thread(many_cores, digits, name):
+    values = {key: default for key, (_, default, _) in Lesson(name).parameters.items()}
+    assert values["threads"] == 0 and values["data"] == "digits" and room._models(name, values)
+    assert room._threads(room._models(name, values), digits, values["batch_size"]) == 1
 
 
 def test_a_group_and_what_an_arm_needs():

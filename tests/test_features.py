@@ -1,6 +1,7 @@
 "`kdnb.features`: what each loss sees, both forms by independent formulas, two stages, bad input."
 
 import copy
+import re
 from functools import partial
 
 import pytest
@@ -441,6 +442,12 @@ def test_flow_of_strangers_is_refused_with_a_choice(student, teacher, pairs):
     text, names = str(error.value), pairs.split()
     assert "\n" not in text and f"paired were {names[0]} " in text and f" with {names[1]} " in text
     assert "to choose from, student: " in text and "; teacher: " in text
+    alike = re.findall(r"(\S+) with (\S+) \(\d+\)", text.partition("; of equal channels are ")[2])
+    assert alike
+    ours, theirs = map(list, zip(*alike, strict=True))
+    if len(alike) > 1:  # the way out
+        named = dict(student_layers=ours, teacher_layers=theirs)
+        assert FSP(*two(student, teacher), **named).step(RGB, CLASSES)["transfer"] > 0
 
 
 def test_flow_of_named_layers_as_wide():

@@ -6,16 +6,19 @@ import copy
 import inspect
 import json
 import math
+import pkgutil
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
-from conftest import batch
+from conftest import batch, stream
 from torch import nn
 from torch.utils._pytree import tree_map
 
+import kdnb
 from kdnb.abm import ABM, Generator, abm_student_loss, generator_loss
 from kdnb.afd import AFD, DML, compare_maps, discriminator_loss, feature_loss, mutual_loss
 from kdnb.ard import ARD, ard_loss
@@ -61,7 +64,7 @@ def fitnet(student, teacher, **more):
 
 
 def abm(student, teacher, **more):
-    generator = Generator(6, 1, 8, seed=2).to(next(student.parameters()).dtype)
+    generator = Generator(6, 1, batch(2)[0].shape[2:], seed=2).to(next(student.parameters()).dtype)
     sizes = dict(steps=4, batch_size=8, student_steps=2)
     return ABM(student, teacher, generator, **sizes | more)
 
@@ -171,6 +174,67 @@ def test_networks_that_are_one_or_share_a_module_are_refused(name):
             METHODS[name][1](*pair)
         assert "\n" not in str(error.value)
         assert all(p.requires_grad for net in pair for p in net.parameters())
+
+
+@each_pair
+def test_a_frozen_teacher_is_asked_folded(name):
+    "Whoever freezes the network it is given asks a copy without BatchNorm; what learns keeps its own."
+    teacher = net(1)
+    method = METHODS[name][1](net(), teacher)
+    fixed = [m for m in networks(method) if {p.requires_grad for p in m.parameters()} == {False}]
+    assert len(fixed) == (not any(p.requires_grad for p in teacher.parameters()))
+    assert not any(isinstance(layer, nn.BatchNorm2d) for m in fixed for layer in m.modules())
+
+
+def test_every_method_of_the_collection_is_here():
+    there = set()
+    for file in pkgutil.iter_modules(kdnb.__path__):
+        room = import_module(f"kdnb.{file.name}")
+        there |= {kind for kind in map(vars(room).get, getattr(room, "__all__", [])) if hasattr(kind, "step")}
+    assert there == {kind for kind, _ in METHODS.values()}
+
+
+def shake(model):
+    "Batch norm that does something."
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            for t in (m.weight.data, m.running_var): t.uniform_(0.5, 1.5)
+            for t in (m.bias.data, m.running_mean): t.normal_(0, 0.2)
+    return model
+
+
+@pytest.mark.parametrize("layers", [None, ["stem.0", "stage2"]])
+@each_pair
+def test_a_folded_teacher_makes_the_same_step(name, layers):
+    "With the natural stages, and with a convolution that is named; in float64."
+    (kind, make), found, named = PAIRS[name], [], {}
+    pairs = issubclass(kind, FeatureKD | ABM)
+    if layers and pairs: named = dict(student_layers=layers, teacher_layers=layers)
+    if layers and issubclass(kind, AFD): named = dict(layers=layers[0])
+    for fold in (True, False):
+        torch.manual_seed(0)
+        teacher, (x, y) = shake(net(1)).double(), batch()
+        method = make(net().double(), teacher, **named)
+        if any(p.requires_grad for p in teacher.parameters()): return   # a peer
+        if not fold and hasattr(method, "teacher"): method.teacher = teacher
+        elif not fold: method.networks[-1] = teacher
+        found.append((method.step(x.double(), y), method.student.state_dict()))
+    for a, b in zip(*found, strict=True):
+        for key in a: torch.testing.assert_close(a[key], b[key], rtol=1e-6, atol=1e-8, msg=f"{name}: {key}")
+
+
+@pytest.mark.parametrize("kinds", ["resnet8 wrn_16_1", "mlp_40 mlp_40"])
+@each_method
+def test_images_need_not_be_square(name, kinds, monkeypatch):
+    "Twelve pixels high and twenty wide; only what reads maps refuses a network that has none."
+    x, y = torch.rand(6, 1, 12, 20, generator=stream(1)), torch.arange(6) % 4
+    monkeypatch.setitem(globals(), "batch", lambda n=6: (x[:n], y[:n]))
+    shape = dict(SHAPE, image_size=(12, 20))
+    networks = [create_model(kind, **shape, seed=seed) for seed, kind in enumerate(kinds.split())]
+    try: found = METHODS[name][1](*networks).step(x, y)
+    except ValueError as error:
+        assert "mlp" in kinds and str(error).startswith(("maps must be", "FSP needs at least 2 layers"))
+    else: assert found["loss"].isfinite()
 
 
 ROLES = [(name, "student") for name in METHODS] + [(name, "teacher") for name in PAIRS]

@@ -16,11 +16,13 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import stream
 from torch import nn
 
 from kdnb.models import (
     Net,
     Normalize,
+    PadShortcut,
     check_model,
     create_model,
     export_onnx,
@@ -157,6 +159,17 @@ def test_channels_last_and_compile_agree(name):
     torch.testing.assert_close(features(traced, x)[1], maps, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("size", [(8, 8), (7, 5)])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_the_shortcut_is_an_index_that_keeps_the_memory_order(size, order):
+    x = torch.randn(2, 4, *size).to(memory_format=order).requires_grad_()
+    wanted = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, 3))
+    found = PadShortcut(3, 2)(x)
+    slope = torch.randn_like(wanted)
+    a, b = (torch.autograd.grad(z, x, slope)[0] for z in (wanted, found))
+    assert found.equal(wanted) and a.equal(b) and b.is_contiguous(memory_format=order)
+
+
 def test_initialisation_leaves_every_stream_alone():
     torch.manual_seed(3)
     state = torch.get_rng_state()
@@ -245,6 +258,56 @@ def test_models_of_another_precision_work_on_float32_images(kind, tmp_path):
     for net in (model, load_model(tmp_path / "a"), fold_batchnorm(model)):
         assert net(x).dtype == kind
         torch.testing.assert_close(net(x).float(), expected, rtol=0.05, atol=0.05)
+
+
+def folds(name):
+    "A network, images, its layers, and those convolutions that become another in a copy."
+    model, x = shake(create_model(name, 4, seed=0)), torch.rand(2, 3, 32, 32, generator=stream(1))
+    layers = [n for n, m in model.named_modules() if n and not isinstance(m, Normalize) and n != "sub_block1"]
+    folded = [n for n, m in fold_batchnorm(model).named_modules() if getattr(m, "bias", None) is not None]
+    convs = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.bias is None]
+    return model, x, layers, [n for n in convs if n in folded]
+
+
+def gap(a, b):
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
+
+
+@pytest.mark.parametrize("name", ["mlp_9", "resnet8", "mobilenet_v2", "timm:vit_tiny_patch16_224"])
+def test_images_need_not_be_square(name, tmp_path):
+    "Height first; a network that reads one size refuses the turned one, and equal sides are one number."
+    model, x = create_model(name, 4, image_size=(32, 48), seed=0).eval(), torch.rand(2, 3, 32, 48)
+    assert model.config["image_size"] == (32, 48) and model(x).shape == (2, 4)
+    save_model(model, tmp_path / "net")
+    again = load_model(tmp_path / "net")
+    assert again.config == model.config and again(x).equal(model(x))
+    assert create_model(name, 4, image_size=(32, 32), seed=0).config["image_size"] == 32
+    if "mlp" in name or "vit" in name:
+        with pytest.raises(ValueError, match=r"shape \(B, 3, 32, 48\), got .* \(2, 3, 48, 32\)"): model(x.mT)
+    else: assert model(x.mT).shape == (2, 4)
+
+
+def test_what_reads_squares_alone_says_so():
+    with pytest.raises(ValueError, match="vit_b_16 cannot .*: 'its images are square, got 32 x 48'"):
+        create_model("torchvision:vit_b_16", image_size=(32, 48))
+    with pytest.raises(ValueError, match=r"image_size must be a whole number in .*, or two .* got '32'"):
+        create_model("resnet8", image_size="32")
+
+
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "resnet18", "torchvision:mobilenet_v2"])
+@torch.no_grad()
+def test_maps_of_a_folded_network_are_the_same(name):
+    "All but those of folded convolutions, and these too once they are named."
+    model, x, layers, convs = folds(name)
+    wanted, maps = features(model, x, layers)
+    quick, found = features(fold_batchnorm(model), x, layers)
+    same = [n for n in layers if n not in convs]
+    assert gap(quick, wanted) < 1e-5 and max(gap(found[n], maps[n]) for n in same) < 1e-5
+    natural = features(model, x)[1], features(fold_batchnorm(model), x)[1]
+    assert [*natural[0]] == [*natural[1]] and all(gap(natural[1][n], m) < 1e-5 for n, m in natural[0].items())
+    for asked in (convs[0], convs[::5], convs):
+        logits, found = features(fold_batchnorm(model, asked), x, asked)
+        assert gap(logits, wanted) < 1e-5 and max(gap(m, maps[n]) for n, m in found.items()) < 1e-5
 
 
 def test_what_cannot_be_folded_is_told():

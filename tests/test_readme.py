@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,32 @@ def test_commands_exist():
         assert command in text
     for target in re.findall(r"(?:`|^\$ )make (\w+)", README, flags=re.M):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.M), target
+
+
+def test_other_libraries_page_is_true_of_kdnb():
+    "Whatever kdnb's column claims has a witness that is there; each no is explained; methods have a step."
+    page = (ROOT / "docs/other-libraries.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"`kdnb\.(\w+\.\w+)`", (ROOT / "docs/names.md").read_text(encoding="utf-8")))
+    commands = subprocess.run([sys.executable, "-m", "kdnb.runner", "--help"], capture_output=True, text=True)
+    table, rest = page[page.index("| | kdnb ") :].split("\n\n", 1)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    assert all(len(row) == 8 and all(row) for row in rows), [row[0] for row in rows if len(row) != 8]
+    ours = {row[0]: row[1] for row in rows}
+    for what, cell in ours.items():
+        witnesses = re.findall("`([^`]+)`", cell)
+        assert witnesses or cell in ("no", "not yet", "none"), f"{what}: {cell}"
+        for witness in witnesses:
+            command = re.fullmatch(r"kdnb (\w+)", witness)
+            there = command[1] in commands.stdout if command else (ROOT / witness).exists()
+            assert there or witness in names, f"{what}: there is no {witness}"
+    methods = [re.findall(r"`(\w+)\.(\w+)`", cell)[0] for cell in list(ours.values())[:12] if cell != "no"]
+    steps = [getattr(import_module(f"kdnb.{room}"), name).step for room, name in methods]
+    assert len(steps) == 11
+    explained = re.findall(r"^- \*\*(.+?)\*\*", rest.split("\n## ")[0], flags=re.M)
+    assert explained == [what for what, cell in ours.items() if cell == "no"] + ["not yet"]
+    extras = set(re.findall(r"^(\w+)_requirements", (ROOT / "settings.ini").read_text(), flags=re.M))
+    assert set(re.findall(r"^\| `kdnb\[(\w+)\]", rest, flags=re.M)) == extras - {"dev", "lab"}
+    assert ("unreleased" in (ROOT / "CHANGELOG.md").read_text()) == (ours["last release"] == "none")
 
 
 def recorded_table(name):

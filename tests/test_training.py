@@ -4,17 +4,20 @@ import errno
 import hashlib
 import io
 import os
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 import two_processes
@@ -23,6 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from kdnb import training
 from kdnb.attacks import pgd
+from kdnb.checkpoint import _unpacked
 from kdnb.data import Batches, Images, load_data
 from kdnb.kd import KD
 from kdnb.learning import per_step, update
@@ -462,6 +466,56 @@ def test_more_done_than_asked_is_said(tmp_path):
     for less in ({"epochs": 2}, {"epochs": 3, "max_steps": 4}):
         with pytest.raises(ValueError, match="further than was asked for: 3 epochs, 9 steps are done"):
             quick(Supervised(small()), checkpoint=tmp_path / "c", **less)
+
+
+def older(file):
+    "The same checkpoint as it was once written: rows as dicts, streams of Python and NumPy as plain numbers."
+    saved = torch.load(file)
+    saved["history"] = _unpacked(saved["history"])
+    for states in saved["random"]:
+        for name in ("python", "numpy"):
+            states[name] = tuple(v.tolist() if isinstance(v, torch.Tensor) else v for v in states[name])
+        states["python"] = states["python"][0], tuple(states["python"][1]), states["python"][2]
+    torch.save(saved, buffer := io.BytesIO())
+    file.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
+
+
+class Draws(Supervised):
+    "Draws from the streams of Python and NumPy."
+
+    def step(self, x, y):
+        return super().step((x + 0.01 * random.random() + 0.01 * numpy.random.rand()).float(), y)
+
+
+@pytest.mark.parametrize("age", [lambda file: None, older])
+def test_rows_and_streams_are_the_same_after_a_checkpoint(tmp_path, age):
+    file, seen = tmp_path / "c", []
+
+    def metrics():      # names and types that change, and numbers of every kind
+        seen.append(len(seen) + 1)
+        odd = {"big": 2**70, "good": True, "none": float("nan")} if len(seen) % 2 else {}
+        return {"count": len(seen), "mixed": len(seen) if len(seen) == 1 else 0.5, **odd}
+
+    def rows(history):
+        times = ("seconds", "samples_per_s")
+        return [[(k, type(v), k not in times and repr(v)) for k, v in row.items()] for row in history.rows]
+
+    whole = quick(Draws(small()), epochs=4, validate=metrics)
+    seen.clear()
+    first = quick(Draws(small()), epochs=2, validate=metrics, checkpoint=file)
+    age(file)
+    resumed = quick(Draws(small(3)), epochs=4, validate=metrics, checkpoint=file)
+    assert first.rows[0]["seconds"] == resumed.rows[0]["seconds"]
+    assert rows(resumed) == rows(whole)
+
+
+def test_a_later_checkpoint_takes_no_longer_for_the_rows_before_it(tmp_path):
+    sizes, batches = [], Batches(IMAGES.first(16), 16)
+    for epochs in (3, 60):
+        quick(Supervised(small()), batches, epochs=epochs, checkpoint=tmp_path / f"{epochs}")
+        with zipfile.ZipFile(tmp_path / f"{epochs}") as file:       # what is pickled number by number
+            sizes.append(next(i.file_size for i in file.infolist() if i.filename.endswith("data.pkl")))
+    assert sizes[1] < sizes[0] + 100
 
 
 def test_a_full_disk_keeps_the_last_good_file(tmp_path, monkeypatch):
