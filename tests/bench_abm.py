@@ -1,7 +1,7 @@
 """How fast ABM is, beside the published solver's iteration, and transition curves beside the published code.
 
-`python tests/bench_abm.py [-k WORDS] [--rounds N] [--markdown]`; see stopwatch.py. Networks have random weights:
-what they answer does not change the work.
+`python tests/bench_abm.py [-k WORDS] [--rounds N] [--markdown]`; see stopwatch.py. Networks have random
+weights: what they answer does not change the work.
 """
 
 import copy
@@ -71,34 +71,40 @@ def attention(maps):
     return F.normalize(maps.pow(2).mean(1).view(maps.size(0), -1))
 
 
-def iteration_row(teacher_name, student_name, batch_size):
+def sides(teacher_name, student_name, size, kind=torch.float32):
+    "Ours twice, the published one, and that with images made once: all from the same weights."
     nets = network(student_name), network(teacher_name), Generator(seed=0)
 
-    def parts(kind=torch.float32):
+    def parts():
         return [copy.deepcopy(net).to(kind) for net in nets]
 
-    def method(size, kind=torch.float32):
-        return ABM(*parts(kind), steps=10**6, variant="official", batch_size=size)
+    ours = [ABM(*parts(), steps=10**6, variant="official", batch_size=size) for _ in range(2)]
+    theirs = []
+    for careful in (False, True):
+        student, teacher, generator = parts()
+        theirs.append(Published(bare(student), bare(teacher), generator, size, careful))
+    return *ours, *theirs
 
-    def published(size, careful, kind=torch.float32):
-        student, teacher, generator = parts(kind)
-        return Published(bare(student), bare(teacher), generator, size, careful)
 
-    sides = [method(6, torch.float64), *(published(6, careful, torch.float64) for careful in (False, True))]
-    for side in sides:
+def check(teacher_name, student_name):
+    "One iteration in float64: all weights."
+    mine, _, *peers = sides(teacher_name, student_name, 6, torch.float64)
+    for side in (mine, *peers):
         torch.manual_seed(0)
-        for _ in range(2):
-            side.step()
+        side.step()
         # Adam moves a bias that batch norm takes away by what rounding leaves of its gradient
-        check_weights(sides[0].student, side.student, rtol=1e-5, atol=1e-6)
-        check_weights(sides[0].generator, side.generator, biases=False, rtol=1e-5, atol=1e-6)
-    mine, brief = method(batch_size), method(batch_size)
+        check_weights(mine.student, side.student, rtol=1e-5, atol=1e-6)
+        check_weights(mine.generator, side.generator, biases=False, rtol=1e-5, atol=1e-6)
+
+
+def iteration_row(teacher_name, student_name, batch_size):
+    mine, brief, published, careful = sides(teacher_name, student_name, batch_size)
     for side in (mine, brief):
         for net in (side.student, side.teacher, side.generator):
             wide(net)
     peers = {
-        "the published iteration, float32": published(batch_size, False).step,
-        "the same, images made once, float32": published(batch_size, True).step,
+        "the published iteration, float32": published.step,
+        "the same, images made once, float32": careful.step,
     }
     what = f"`ABM.step`, {teacher_name} teaches {student_name}, {batch_size} images"
     compare(what, {"": mine.step, "bfloat16": in_bf16(brief)}, peers)
@@ -107,6 +113,8 @@ def iteration_row(teacher_name, student_name, batch_size):
 @row
 def iteration():
     "ABM iteration, wrn_40_2 teaches wrn_16_1, resnet26 teaches resnet8, beside the published solver."
+    check("resnet14", "resnet8")
+    check("wrn_16_1", "wrn_10_1")
     iteration_row("wrn_40_2", "wrn_16_1", 32)
     iteration_row("resnet26", "resnet8", 64)
 

@@ -2,9 +2,9 @@
 
 `python tests/bench_attacks.py [-k WORDS] [--rounds N] [--markdown]`; see stopwatch.py.
 
-Evaluations attack briefly trained networks on handwritten digits, with eps so chosen that a third of the images
-survives; where nothing may fall early, weights are random and images are noise. Both sides reach the same
-verdicts (folding batch norm changes last bits: 1 % may differ). Needs kdnb[eval] and torchattacks==3.5.1.
+Evaluations attack briefly trained networks on handwritten digits, with eps so chosen that a third of the
+images survives; where nothing may fall early, weights are random and images are noise. Both sides reach the
+same verdicts (folding batch norm changes last bits: 1 % may differ). Needs kdnb[eval], torchattacks==3.5.1.
 """
 
 import copy
@@ -37,7 +37,7 @@ def enlarged(part, size):
 
 @cache
 def task(name, n, size, epochs=3):
-    "A network that learned digits; n test images and its own answers; the eps that leaves a third under PGD-10."
+    "A network that learned digits; n test images, its own answers; the eps that leaves a third under PGD-10."
     model = create_model(name, seed=0)
     fit(Supervised(model, lr=0.05), Batches(enlarged("train", size), 128), epochs=epochs, progress="off")
     test = enlarged("test", size)
@@ -88,7 +88,8 @@ def evaluation_row(name, n, size):
     ours()
     peer()
     note = check_same(verdicts)
-    compare(f"PGD-20 evaluation, {name}, {size} px", {"": ours}, {"torchattacks' PGD": peer}, note)
+    peers = {"torchattacks' PGD": peer}
+    compare(f"PGD-20 evaluation, {name}, {size} px", {"": ours}, peers, note, warm=True)
 
 
 @row
@@ -170,8 +171,7 @@ def autoattack_row(what, name, n, size, tier):
         peers["torchattacks, its FAB at a hundred iterations"] = job
     for job in (ours, peers["pyautoattack"]):
         job()
-    note = check_same(verdicts)
-    compare(f"{what}, {name}, {size} px", {"": ours}, peers, note)
+    compare(f"{what}, {name}, {size} px", {"": ours}, peers, check_same(verdicts), warm=True)
 
 
 @row
@@ -224,7 +224,7 @@ class OfficialARD(Step):
 
 
 class OfficialRSLAD(Step):
-    "resnet18_rslad_cifar10.py, rslad_loss.py: eval mode inside, a KL to the teacher's clean answer everywhere."
+    "resnet18_rslad_cifar10.py, rslad_loss.py: eval mode inside, KLs to the teacher's clean answer."
 
     def step(self, x, y):
         self.student.train()
@@ -255,7 +255,8 @@ class OfficialRSLAD(Step):
 def attack_step_rows(work, peer, variants):
     "Each variant (what: settings of ARD, whether it is the peer's rule): weights first, then the clock."
     student, teacher = network("resnet8"), network("resnet20")
-    x, y = 0.05 + 0.9 * noise(128, 32), torch.randint(0, 10, (128,), generator=torch.Generator().manual_seed(0))
+    x = 0.05 + 0.9 * noise(128, 32)  # no start is cut
+    y = torch.randint(0, 10, (128,), generator=torch.Generator().manual_seed(0))
 
     def parts(kind=torch.float32):
         return copy.deepcopy(student).to(kind), copy.deepcopy(teacher).to(kind)
@@ -296,7 +297,7 @@ def rslad():
     "RSLAD step, resnet20 teaches resnet8, folded and not, beside the published step."
     attack = partial(pgd, eps=8 / 255, step_size=2 / 255, steps=10, start="gaussian")
     rule = dict(inner="teacher", clean_target="teacher", temperature=1.0, alpha=5 / 6, reduction="mean")
-    variants = {"": (rule | dict(attack=attack), True), "folded": (rule | dict(attack=attack, fold=True), True)}
+    variants = {what: (rule | dict(attack=attack, fold=bool(what)), True) for what in ("", "folded")}
     attack_step_rows("RSLAD step, resnet8, batch 128", OfficialRSLAD, variants)
 
 

@@ -3,8 +3,8 @@
 `python tests/bench_bss.py [-k WORDS] [--rounds N] [--markdown]`; see stopwatch.py.
 
 What a walk costs depends on how many steps it takes, so the rows say it. Teachers have random weights; their
-logits are scaled until a walk takes about as many steps as with the published teacher (92.6 % on CIFAR-10: 1.1
-steps) and with a weak one (9).
+logits are scaled until a walk takes about as many steps as with the published teacher (92.6 % on CIFAR-10:
+1.1 steps) and with a weak one (9).
 """
 
 import copy
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from stopwatch import bare, check_weights, compare, in_bf16, main, network, noise, normalised, row, wide
 
 from kdnb.bss import BSS, bss_attack, bss_weights, sample_target
-from kdnb.kd import KD
 from kdnb.models import Normalize, fold_batchnorm
+from kdnb.training import Supervised
 
 STEPS = 10
 
@@ -52,7 +52,7 @@ def drawn(logits):
 
 
 def published_attack(model, x, target):
-    "In normalised pixels; each step goes back into everything, the teacher's weights too, until all have left."
+    "In normalised pixels; each step goes back into all, the teacher's weights too, until everybody has left."
     x_adv = x.clone().requires_grad_()
     for step in range(STEPS):
         x_adv.grad = None
@@ -98,7 +98,8 @@ def attack_rows(model, what, rule):
         peers = {"a plain loop, float32": partial(plain_loop, plain, there[:n], base[:n], target[:n], rule)}
         if rule == "boundary":
             return peers
-        return {"the published attack, float32": partial(published_attack, plain, there[:n], target[:n])} | peers
+        published = partial(published_attack, plain, there[:n], target[:n])
+        return {"the published attack, float32": published} | peers
 
     double = copy.deepcopy(model).double()
     exact = bss_attack(double, x[:6].double(), base[:6], target[:6], **rest, **limits(double)).x
@@ -113,11 +114,13 @@ def attack_rows(model, what, rule):
 
     there, found = normalised(model, x), ours()
     wanted, steps = peers["a plain loop, float32"]() - there, found.iterations.float().mean()
-    for x_adv, slack, least in ((found.x, 0.02, 0.95), (brief().x, 0.3, 0.8)):  # rounding may add a step
-        off, way = (normalised(model, x_adv) - there - wanted).flatten(1).norm(dim=1), wanted.flatten(1).norm(dim=1)
-        assert (off <= slack * way + 1e-3).float().mean() >= least, (off / way).sort()
+    off = (normalised(model, found.x) - there - wanted).flatten(1).norm(dim=1)
+    near = off <= 0.02 * wanted.flatten(1).norm(dim=1) + 1e-3
+    assert near.float().mean() >= 0.9, off  # in float32 rounding may add a step
+    assert (brief().success.float().mean() - found.success.float().mean()).abs() <= 0.2
     note = f"{steps:.1f} steps a walk"
-    compare(f"BSS attack, {rule} rule, 64 images, resnet26, {what}", {"": ours, "bfloat16": brief}, peers, note)
+    jobs = {"": ours, "bfloat16": brief}
+    compare(f"BSS attack, {rule} rule, 64 images, resnet26, {what}", jobs, peers, note)
 
 
 SURE, WEAK = "a sure teacher", "a weak teacher"
@@ -204,17 +207,16 @@ def step():
         with torch.no_grad():
             y = model(x).argmax(1)
         pupil = network("resnet8", normalised=True)
-        lesson = KD(pupil, copy.deepcopy(model), lr=0.05)  # until both are right on 64 of 256
-        for _ in range(40):
+        lesson = Supervised(pupil, lr=0.05)  # until both are right on 64 of 256
+        for _ in range(25):
             lesson.step(x, y)
         made = lambda kind=torch.float32, m=model, s=pupil: [copy.deepcopy(n).to(kind) for n in (s, m)]  # noqa: E731
         rest, slow = dict(epochs=80, variant="official"), dict(lr=1e-6)  # so that rounds are alike
 
         mine = BSS(*made(torch.float64), **rest, target="likeliest", lr=0.01)
         theirs = PublishedStep(*map(bare, made(torch.float64)), lr=0.01, sampled=False)
-        for _ in range(2):
-            mine.step(x[:48].double(), y[:48])
-            theirs.step(normalised(mine.student, x[:48].double()), y[:48])
+        mine.step(x[:16].double(), y[:16])
+        theirs.step(normalised(mine.student, x[:16].double()), y[:16])
         check_weights(mine.student, theirs.student, rtol=1e-6, atol=1e-7)
 
         sides = [BSS(*made(), **rest, **slow) for _ in range(2)]

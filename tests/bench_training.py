@@ -1,4 +1,4 @@
-"""How fast training is, beside RepDistiller's and mdistiller's loops, a bare loop and torchvision's data path.
+"""How fast training is, beside RepDistiller's and mdistiller's loops, a bare loop, torchvision's data path.
 
 `python tests/bench_training.py [-k WORDS] [--rounds N] [--markdown]`; see stopwatch.py.
 """
@@ -11,7 +11,6 @@ import torch
 from stopwatch import (
     bare,
     check_weights,
-    clock,
     compare,
     flops_of,
     in_bf16,
@@ -21,7 +20,6 @@ from stopwatch import (
     normalised,
     race,
     report,
-    rounds,
     row,
     wide,
 )
@@ -215,7 +213,8 @@ def step_rows(work, method, student, teacher, batch_size, both=False):
             wide(side.teacher)
     jobs = {"": partial(mine.step, wide(x), y), "bfloat16": in_bf16(brief, wide(x), y)}
     plain = normalised(student, x)
-    peers = {name: partial(peer(loop, torch.float32).step, plain, y) for name, loop in list(PEERS.items())[: 1 + both]}
+    loops = list(PEERS.items())[: 1 + both]
+    peers = {name: partial(peer(loop, torch.float32).step, plain, y) for name, loop in loops}
     compare(f"{work}, batch {batch_size}", jobs, peers, repeat=3, flops=flops_of(jobs[""]))
 
 

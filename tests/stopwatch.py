@@ -1,12 +1,11 @@
 """What the benchmarks share: how rows are chosen, timed and printed.
 
-    python tests/bench_kd.py [-k WORDS] [--rounds N] [--markdown] [--list]
+    python tests/bench_bss.py [-k WORDS] [--rounds N] [--markdown] [--list]
 
-A row times two or more ways to do the same work in turns, in one process on one thread, and prints the ratio of
-their times: the median over the rounds, with quartiles. That all of them compute the same is asserted first.
+A row times two or more ways to do the same work in turns, in one process on one thread, and prints the ratio
+of their times: the median over the rounds, with quartiles. That all of them compute the same is asserted first.
 Ratios travel from machine to machine, seconds do not. Peers that pip can install are imported; the papers' own
-codes are written anew as they stand, with every forward and backward pass that they make and none that they
-do not.
+codes are written anew as they stand, with every forward and backward pass that they make and no other.
 """
 
 import argparse
@@ -34,7 +33,7 @@ _table = argparse.Namespace(rounds=ROUNDS, markdown=False, peak=1.0)
 
 
 def row(function):
-    "A decorator: this function prints rows; its name and the first line of its docstring are what -k searches."
+    "A decorator: this function prints rows; -k searches its name and the first line of its docstring."
     _rows.append(function)
     return function
 
@@ -95,9 +94,9 @@ def clock(action):
     return time.perf_counter() - start
 
 
-def race(jobs, repeat=1):
-    "Seconds of each job of a dict, in turns, after one call of each to warm up."
-    for job in jobs.values():
+def race(jobs, repeat=1, warm=False):
+    "Seconds of each job of a dict, in turns, after one call of each to warm up, unless they are warm."
+    for job in jobs.values() if not warm else ():
         job()
     times, start = {name: [] for name in jobs}, time.perf_counter()
     for done in range(_table.rounds):
@@ -117,9 +116,10 @@ def report(work, peer, ratios, note=""):
         print(f"{work:58} {peer:44} {middle:6.2f} [{low:.2f}, {high:.2f}]  {note}", flush=True)
 
 
-def compare(work, ours, peers, note="", repeat=1, flops=0):
+def compare(work, ours, peers, note="", repeat=1, flops=0, warm=False):
     "One row for each way of ours (a dict, what: job) and each peer (the same), all timed in the same rounds."
-    times = race({("ours", k): v for k, v in ours.items()} | {("peer", k): v for k, v in peers.items()}, repeat)
+    jobs = {("ours", k): v for k, v in ours.items()} | {("peer", k): v for k, v in peers.items()}
+    times = race(jobs, repeat, warm)
     for what in ours:
         mine = times["ours", what]
         share = f"{flops * repeat / statistics.median(mine) / _table.peak:.0%} of peak" if flops else ""
@@ -131,10 +131,6 @@ def compare(work, ours, peers, note="", repeat=1, flops=0):
 def say(text):
     "A line that is no row."
     print(f"\n{text}\n" if _table.markdown else text, flush=True)
-
-
-def rounds():
-    return _table.rounds
 
 
 def flops_of(job):
