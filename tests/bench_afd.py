@@ -3,8 +3,8 @@
 `python tests/bench_afd.py [-k WORDS] [--rounds N] [--markdown]`; see stopwatch.py.
 
 The peer is the paper as a careful reader writes it: a pass over the batch for each of the three losses,
-peers' answers and maps constant, the losses of both networks going back together. (Ours also computes what the
-log shows.) The last rows compare different work: what discriminators cost, and an iteration beside its parts.
+peers' answers and maps constant, the losses of both networks going back together. (Ours also computes what
+the log shows.) The last rows compare other work: what discriminators cost, an iteration beside its parts.
 """
 
 import copy

@@ -3,7 +3,8 @@
 `python tests/bench_growth.py [-k WORDS] [--rounds N] [--markdown]`; see stopwatch.py.
 
 An exponent is the slope of log(seconds) over log(size), seconds being the least of the rounds. Beside it
-stands the slope of the counted work (walks, epochs, images, networks): above it, something grows that need not.
+stands the slope of the counted work (walks, epochs, images, networks). Below that, what a call costs in any
+case still shows; above it, something grows that need not.
 """
 
 import copy
@@ -14,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from stopwatch import main, noise, race, row, say
+from stopwatch import cells, main, noise, race, row
 
 from kdnb.abm import transition_curves
 from kdnb.afd import AFD
@@ -38,14 +39,10 @@ def say_growth(work, size, times, needed, unit):
     per = ", ".join(f"{1000 * t / needed[n]:.3g}" for n, t in times.items())
     found, wanted = slope(times, times.values()), slope(needed, needed.values())
     sizes = ", ".join(map(str, times))
-    say(f"| {work} over {size} ({sizes}) | {found:.2f} | {wanted:.2f}, {unit} | {per} |")
+    cells(f"{work} over {size} ({sizes})", f"{found:.2f}", f"{wanted:.2f}, {unit}", per)
 
 
-@row
-def head():
-    "The head of the table, for all rows: bss, curves, afd, checkpoint, batches."
-    say("| work over size | exponent of time | of the work needed | milliseconds for each unit of it |")
-    say("| --- | --- | --- | --- |")
+HEAD = "work over size", "exponent of time", "of the work needed", "milliseconds for each unit of it"
 
 
 # ---- walks to K - 1 classes
@@ -135,4 +132,4 @@ def batches():
 
 
 if __name__ == "__main__":
-    main(__doc__)
+    main(__doc__, HEAD)

@@ -3,9 +3,9 @@
     python tests/bench_bss.py [-k WORDS] [--rounds N] [--markdown] [--list]
 
 A row times two or more ways to do the same work in turns, in one process on one thread, and prints the ratio
-of their times: the median over the rounds, with quartiles. That all of them compute the same is asserted first.
-Ratios travel from machine to machine, seconds do not. Peers that pip can install are imported; the papers' own
-codes are written anew as they stand, with every forward and backward pass that they make and no other.
+of their times: the median over the rounds, with quartiles. That all compute the same is asserted first. Ratios
+travel from machine to machine, seconds do not. Peers that pip can install are imported; the papers' own codes
+are written anew as they stand, with every forward and backward pass that they make and no other.
 """
 
 import argparse
@@ -38,8 +38,8 @@ def row(function):
     return function
 
 
-def main(doc):
-    "Run the chosen functions of the file that calls it."
+def main(doc, head=None):
+    "Run the chosen functions of the file that calls it; `head` names the columns of a table of another kind."
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("-k", default="", metavar="WORDS", help="only rows that hold all these words")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of each row, at most")
@@ -51,7 +51,7 @@ def main(doc):
         for function in chosen:
             print(f"{function.__name__:24} {function.__doc__.splitlines()[0]}")
     elif chosen:
-        _begin()
+        _begin(head)
         for function in chosen:
             function()
 
@@ -61,7 +61,7 @@ def _words(function):
     return f"{file} {function.__name__} {function.__doc__.splitlines()[0]}".lower()
 
 
-def _begin():
+def _begin(head=None):
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     a = torch.randn(1024, 1024)
@@ -71,8 +71,11 @@ def _begin():
         f"PyTorch {torch.__version__}, {machine}, {_table.peak / 1e9:.0f} GFLOP/s in float32 products, "
         f"{datetime.date.today()}"
     )
-    if _table.markdown:
-        print("\n| work | against | ratio [quartiles] |\n| --- | --- | --- |")
+    if head or _table.markdown:
+        head = head or ("work", "against", "ratio [quartiles]")
+        print("")
+        cells(*head)
+        cells(*["---"] * len(head))
     else:
         print(f"{'work':58} {'against':44} {'ratio':>6} [quartiles]")
 
@@ -111,7 +114,7 @@ def report(work, peer, ratios, note=""):
     low, middle, high = statistics.quantiles(list(ratios) * (2 if len(ratios) == 1 else 1), n=4)
     ratio = f"{middle:.2f} [{low:.2f}, {high:.2f}]"
     if _table.markdown:
-        print(f"| {work}{f' ({note})' if note else ''} | {peer} | {ratio} |", flush=True)
+        cells(f"{work}{f' ({note})' if note else ''}", peer, ratio)
     else:
         print(f"{work:58} {peer:44} {middle:6.2f} [{low:.2f}, {high:.2f}]  {note}", flush=True)
 
@@ -126,6 +129,11 @@ def compare(work, ours, peers, note="", repeat=1, flops=0, warm=False):
         for peer in peers:
             ratios = [p / o for o, p in zip(mine, times["peer", peer], strict=True)]
             report(f"{work}{what and ', '}{what}", peer, ratios, ", ".join(filter(None, (note, share))))
+
+
+def cells(*texts):
+    "A row as README has it."
+    print(f"| {' | '.join(texts)} |", flush=True)
 
 
 def say(text):
