@@ -4,8 +4,8 @@
 
 A row times two or more ways to do the same work in turns, in one process on one thread, and prints the ratio
 of their times: the median over the rounds, with quartiles. That all compute the same is asserted first.
-Ratios travel from machine to machine, seconds do not. Peers that pip can install are imported; published codes
-are written anew as they stand, with every forward and backward pass that they make and no other.
+Ratios travel from machine to machine, seconds do not. Peers that pip can install are imported; published
+codes are written anew as they stand, with every forward and backward pass that they make and no other.
 """
 
 import argparse
