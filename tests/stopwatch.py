@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdnb.models import Normalize, create_model
 
-ROUNDS, PATIENCE = 5, 25.0  # rounds of a row; seconds after which two of them are enough
+ROUNDS, PATIENCE = 3, 5.0  # rounds of a row; seconds for each of them, else two are enough
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # CIFAR-10, as the published codes have it
 
 _rows = []
@@ -103,7 +103,7 @@ def race(jobs, repeat=1, warm=False):
         job()
     times, start = {name: [] for name in jobs}, time.perf_counter()
     for done in range(_table.rounds):
-        if done >= 2 and time.perf_counter() - start > PATIENCE:
+        if done >= 2 and time.perf_counter() - start > PATIENCE * _table.rounds:
             break
         for name, job in jobs.items():
             times[name].append(clock(lambda job=job: [job() for _ in range(repeat)]))
