@@ -21,7 +21,8 @@ help:
 	@echo "make test       everything that continuous integration checks (PYTEST='-k structure' for a part)"
 	@echo "make export     clean the notebooks and write kdnb/ from them"
 	@echo "make notebooks  run all notebooks with their defaults and keep the outputs (ONLY=10 for some)"
-	@echo "make bench      time training, data, attacks, BSS, ABM and AFD against plain PyTorch and other libraries"
+	@echo "make bench      time training, attacks, BSS, ABM, AFD beside the published codes, and how time grows with"
+	@echo "                size (ONLY=bss for a file, BENCH='-k curves --rounds 2 --markdown' for rows, see --help)"
 	@echo "make workflows  check the workflow files"
 	@echo "make lab        run the first lesson in JupyterLab in a headless browser, take a picture"
 	@echo "make clean      remove what running and building left; .venv stays (remove it by hand)"
@@ -101,12 +102,9 @@ notebooks: export
 	@cp runs/fresh/*.ipynb nbs/
 	@$(clean_notebooks)
 
+# One file after the other, each alone: two at once would slow each other down.
 bench: $(VENV)/.dev-ok
-	@$(BIN)/python tests/bench_training.py
-	@$(BIN)/python tests/bench_attacks.py
-	@$(BIN)/python tests/bench_bss.py
-	@$(BIN)/python tests/bench_abm.py
-	@$(BIN)/python tests/bench_afd.py
+	@for file in tests/bench_$(or $(ONLY),*).py; do $(BIN)/python $$file $(BENCH) || exit 1; done
 
 workflows: $(VENV)/.workflows-ok
 	@$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml

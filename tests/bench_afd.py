@@ -1,8 +1,10 @@
-"""How fast AFD is: `python tests/bench_afd.py [ROUNDS]`, one thread, one process, a few minutes.
+"""How fast AFD is, beside the paper's three passes; there is no published code.
 
-The first rows time two ways to do the same work in turns and print the median ratio with its quartiles; that
-both compute the same is asserted first, in float64. (Ours also computes what the log shows.) The last rows
-compare different work: what discriminators cost, and an iteration beside its parts.
+`python tests/bench_afd.py [-k WORDS] [--rounds N] [--markdown]`; see stopwatch.py.
+
+The peer is the paper as a careful reader writes it: a pass over the batch for each of the three losses,
+peers' answers and maps constant, the losses of both networks going back together. (Ours also computes what
+the log shows.) The last rows compare other work: what discriminators cost, an iteration beside its parts.
 """
 
 import copy
@@ -11,14 +13,14 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from bench_attacks import noise
-from bench_training import begin, clock, compare, in_bf16, report, rounds_asked
+from stopwatch import check_weights, compare, in_bf16, main, noise, race, report, row, say, wide
 
 from kdnb.afd import AFD, DML
 from kdnb.learning import update
 from kdnb.models import create_model, features
 
 BATCH = 64
+WORK = "`AFD.step`, two resnet20, 64 images"
 
 
 def two(name, size=32):
@@ -31,44 +33,27 @@ def batch(size=32, dtype=torch.float32):
 
 
 class ThreePasses:
-    """The paper's losses as they read: a pass over the batch for each of the three.
+    "The paper's losses as they read, each with a pass of its own."
 
-    As it reads: a network's losses are taken back through all they were computed from, then all gradients but
-    its own are dropped. Careful: peers are constants, and the losses of both networks go back together.
-    """
-
-    def __init__(self, networks, discriminators, order, beta, careful=False):
+    def __init__(self, networks, discriminators, order, beta):
         self.networks, self.discriminators, self.order, self.beta = networks, discriminators, order, beta
-        self.careful = careful
-        self.weights = [list(net.parameters()) for net in networks]
-        self.critics = [list(d.parameters()) for d in discriminators]
-        self.optimizer = torch.optim.SGD(sum(self.weights, []), 0.1, 0.9, weight_decay=1e-4, fused=True)
+        self.weights = [p for net in networks for p in net.parameters()]
+        self.critics = [p for d in discriminators for p in d.parameters()]
+        self.optimizer = torch.optim.SGD(self.weights, 0.1, 0.9, weight_decay=1e-4)
         bodies = [p for net in networks for name, p in net.named_parameters() if "linear" not in name]
-        self.feature_optimizer = torch.optim.Adam(bodies, 2e-5, weight_decay=0.1, fused=True)
-        self.discriminator_optimizer = torch.optim.Adam(
-            sum(self.critics, []), 2e-5, weight_decay=0.1, fused=True
-        )
+        self.feature_optimizer = torch.optim.Adam(bodies, 2e-5, weight_decay=0.1)
+        self.discriminator_optimizer = torch.optim.Adam(self.critics, 2e-5, weight_decay=0.1)
 
-    def forget(self):
-        for p in sum(self.weights + self.critics, []):
+    def gradients(self, weights, losses):
+        for p in self.weights + self.critics:
             p.grad = None
+        sum(losses).backward()
+        return [p.grad for p in weights]
 
-    def gradients(self, owners, losses):
-        "Of each loss for the weights of its owner: a list, weight by weight."
-        self.forget()
-        if self.careful:
-            sum(losses).backward()
-            return [p.grad for weights in owners for p in weights]
-        found = []
-        for weights, loss in zip(owners, losses, strict=True):
-            loss.backward(retain_graph=True)
-            found += [p.grad for p in weights]
-            self.forget()
-        return found
-
-    def move(self, optimizer, owners, gradients):
-        self.forget()
-        for p, g in zip(sum(owners, []), gradients, strict=True):
+    def move(self, optimizer, weights, gradients):
+        for p in self.weights + self.critics:
+            p.grad = None
+        for p, g in zip(weights, gradients, strict=True):
             p.grad = g
         optimizer.step()
 
@@ -76,17 +61,13 @@ class ThreePasses:
         both = [features(net, x, "stage3") for net in self.networks]
         return [logits for logits, _ in both], [maps["stage3"] for _, maps in both]
 
-    def constant(self, v):
-        return v.detach() if self.careful else v
-
     def logit_loss(self, logits, k, y):
-        target = (self.constant(logits[1 - k]) / 3).softmax(1)
+        target = (logits[1 - k].detach() / 3).softmax(1)
         soft = F.kl_div((logits[k] / 3).log_softmax(1), target, reduction="batchmean")
         return F.cross_entropy(logits[k], y) + 9 * soft
 
     def judge_loss(self, maps, k):
-        d = self.discriminators[k]
-        real, fake = d(self.constant(maps[1 - k])), d(self.constant(maps[k]))
+        real, fake = (self.discriminators[k](maps[j].detach()) for j in (1 - k, k))
         return (1 - real).square().mean() + fake.square().mean()
 
     def step(self, x, y):
@@ -109,64 +90,60 @@ class ThreePasses:
 
 
 def methods_of(name, order, dtype=torch.float32, size=32):
-    "Ours; as it reads; careful."
+    "Ours, and the three passes, from the same weights."
     beta = 1e-3 if order == "joint" else 1.0
     networks = [net.to(dtype) for net in two(name, size)]
     ours = AFD(networks, batch(size, dtype)[0], order=order, beta=beta, seed=0)
     for d in ours.discriminators:
         d.to(dtype)
-    parts = networks, ours.discriminators
-    return ours, *(ThreePasses(*copy.deepcopy(parts), order, beta, careful) for careful in (False, True))
+    return ours, ThreePasses(*copy.deepcopy((networks, ours.discriminators)), order, beta)
 
 
 def check(order):
-    "All compute the same: three steps in float64, all weights."
+    "Both compute the same: three steps in float64, all weights."
     found = methods_of("resnet8", order, torch.float64, 16)
     for method in found:
         for _ in range(3):
             method.step(*batch(16, torch.float64))
-    modules = [m.networks + m.discriminators for m in found]
-    for ours, *peers in zip(*[[p for m in part for p in m.parameters()] for part in modules], strict=True):
-        for peer in peers:
-            torch.testing.assert_close(ours, peer, rtol=1e-6, atol=1e-8)
+    for mine, theirs in zip(*(m.networks + m.discriminators for m in found), strict=True):
+        check_weights(mine, theirs, rtol=1e-6, atol=1e-8)
 
 
-def bench_iteration(rounds, name, order, target=""):
-    check(order)
-    ours, peer, careful = methods_of(name, order)
-    x, y = batch()
-    step, plain = partial(ours.step, x, y), partial(peer.step, x, y)
-    compare(f"AFD iteration, {order} / three passes", step, plain, rounds, target=target)
-    compare("the same / three careful passes", step, partial(careful.step, x, y), rounds)
-    quick = copy.deepcopy(ours.networks)
-    for net in quick:
-        net.to(memory_format=torch.channels_last)
-    quick = AFD(quick, x, order=order, beta=ours.beta, seed=0)
-    wide = x.contiguous(memory_format=torch.channels_last)
-    compare("bfloat16, channels last / ours in float32", in_bf16(quick, wide, y), step, rounds)
+@row
+def iteration():
+    "AFD step, two resnet20, shared, fresh, joint, float32 and bfloat16, beside three passes."
+    for order in ("shared", "fresh", "joint"):
+        check(order)
+        ours, peer = methods_of("resnet20", order)
+        x, y = batch()
+        step, plain = partial(ours.step, x, y), partial(peer.step, x, y)
+        copies = [wide(net) for net in copy.deepcopy(ours.networks)]
+        quick = AFD(copies, x, order=order, beta=ours.beta, seed=0)
+        jobs = {"": step, "bfloat16, channels last": in_bf16(quick, wide(x), y)}
+        compare(f'{WORK}, order="{order}"', jobs, {"the paper's three passes, float32": plain})
 
 
-def bench_discriminators(rounds, name):
-    "What the discriminators cost: three networks, in a circle and one discriminator against all pairs."
-    networks = [create_model(name, seed=k) for k in range(3)]
+@row
+def discriminators():
+    "AFD step, three resnet20: a circle, one discriminator, beside all pairs."
+    networks = [create_model("resnet20", seed=k) for k in range(3)]
     x, y = batch()
     every = partial(AFD(copy.deepcopy(networks), x, scheme="pairs", seed=0).step, x, y)
-    for what, choices in {"a circle": {}, "one discriminator": dict(discriminator="one")}.items():
-        ours = AFD(copy.deepcopy(networks), x, seed=0, **choices)
-        compare(f"3 x {name}: {what} / all pairs", partial(ours.step, x, y), every, rounds)
+    choices = {"in a circle": {}, "a circle, one discriminator for all": dict(discriminator="one")}
+    made = {what: AFD(copy.deepcopy(networks), x, seed=0, **choice) for what, choice in choices.items()}
+    jobs = {what: partial(ours.step, x, y) for what, ours in made.items()}
+    compare("`AFD.step`, three resnet20", jobs, {"all pairs": every})
 
 
-def bench_parts(rounds, name):
-    "One AFD iteration beside its parts, each run by itself, and beside DML: images a second."
+@row
+def parts():
+    "AFD step, two resnet20, beside its parts one by one, and beside DML."
     x, y = batch()
-    afd, dml = AFD(two(name), x, seed=0), DML(two(name))
+    afd, dml = AFD(two("resnet20"), x, seed=0), DML(two("resnet20"))
     constants = [features(net, x)[1]["stage3"].detach() for net in afd.networks]
 
     def forward():
         return [features(net, x) for net in afd.networks]
-
-    def logits():  # forward and backward
-        dml.step(x, y)
 
     def judge():
         afd._discriminator_step(constants)
@@ -174,24 +151,15 @@ def bench_parts(rounds, name):
     def maps():  # forward and backward
         update(afd.feature_optimizer, sum(afd._feature_losses([m["stage3"] for _, m in forward()])))
 
-    jobs = {"AFD": lambda: afd.step(x, y), "DML": logits, "forward": forward, "D-step": judge, "G-step": maps}
-    for job in jobs.values():
-        job()
-    turns = [{what: clock(job) for what, job in jobs.items()} for _ in range(rounds)]
-    for turn in turns:
-        turn["sum"] = turn["DML"] + turn["D-step"] + turn["G-step"]
-    report("shared / its parts (DML, D-, G-step) one by one", [t["sum"] / t["AFD"] for t in turns], ">= 1")
-    report("shared / DML", [t["DML"] / t["AFD"] for t in turns])
-    rates = {what: BATCH / statistics.median(t[what] for t in turns) for what in turns[0]}
-    print("images a second:", ", ".join(f"{what} {rate:.0f}" for what, rate in rates.items()))
+    jobs = {"AFD": partial(afd.step, x, y), "DML": partial(dml.step, x, y), "forward": forward}
+    times = race(jobs | {"D-step": judge, "G-step": maps})
+    turns = [dict(zip(times, turn, strict=True)) for turn in zip(*times.values(), strict=True)]
+    summed = [(t["DML"] + t["D-step"] + t["G-step"]) / t["AFD"] for t in turns]
+    report(WORK, "its parts one by one (DML, D-step, G-step)", summed)
+    report(WORK, "DML", [t["DML"] / t["AFD"] for t in turns])
+    rates = {what: BATCH / statistics.median(seconds) for what, seconds in times.items()}
+    say("images a second: " + ", ".join(f"{what} {rate:.0f}" for what, rate in rates.items()))
 
 
 if __name__ == "__main__":
-    begin()
-    rounds = rounds_asked()
-    print("2 x resnet20, 64 images of 32 x 32")
-    bench_iteration(rounds, "resnet20", "shared", target=">= 2.5")
-    bench_iteration(rounds, "resnet20", "fresh")
-    bench_iteration(rounds, "resnet20", "joint", target=">= 4")
-    bench_discriminators(rounds, "resnet20")
-    bench_parts(rounds, "resnet20")
+    main(__doc__)

@@ -1,78 +1,36 @@
-"""How fast: `python tests/bench_training.py [ROUNDS]`, one thread, one process, a few minutes.
+"""How fast training is, beside RepDistiller's and mdistiller's loops, a bare loop, torchvision's data path.
 
-Each row times two ways to do the same work in turns and prints the median ratio with its quartiles. That
-both compute the same is asserted first. Ratios travel from machine to machine, seconds do not. The last
-column is the share of this machine's float32 matrix-product speed that our side reaches (bfloat16 may
-exceed 1).
+`python tests/bench_training.py [-k WORDS] [--rounds N] [--markdown]`; see stopwatch.py.
 """
 
+import copy
 import statistics
-import sys
-import time
-import warnings
 from functools import partial
 
 import torch
+from stopwatch import (
+    bare,
+    check_weights,
+    compare,
+    flops_of,
+    in_bf16,
+    main,
+    network,
+    noise,
+    normalised,
+    race,
+    report,
+    row,
+    wide,
+)
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.nn import functional as F
 
 from kdnb.data import Batches, Images
 from kdnb.kd import KD
-from kdnb.models import create_model
+from kdnb.models import create_model, features
 from kdnb.tfkd import TfKD, tf_kd_reg_loss
 from kdnb.training import Supervised, fit
-
-
-def clock(action):
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
-
-
-def matmul_peak():
-    "Float32 FLOP/s of a 1024 x 1024 product: the best of ten."
-    a = torch.randn(1024, 1024)
-    return 2 * 1024**3 / min(clock(lambda: a @ a) for _ in range(10))
-
-
-def begin(more=""):
-    "Quiet and on one thread; prints the head of the table, returns the speed of matrix products."
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    peak = matmul_peak()
-    print(f"PyTorch {torch.__version__}, one thread, {peak / 1e9:.0f} GFLOP/s in float32 products")
-    print(f"{'work: ours / peer':50} {'ratio':>7} [quartiles]    target{more}")
-    return peak
-
-
-def rounds_asked():
-    return int(sys.argv[1]) if len(sys.argv) > 1 else 5
-
-
-def report(work, ratios, target="", share="     -", more=""):
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    print(f"{work:50} {middle:7.2f} [{low:.2f}, {high:.2f}]  {target:>7} {share}{more}", flush=True)
-
-
-def compare(work, ours, peer, rounds, flops=0.0, peak=1.0, target=""):
-    "Both once for warming up, then in turns."
-    ours(), peer()
-    times = [(clock(ours), clock(peer)) for _ in range(rounds)]
-    share = f"{flops / statistics.median(o for o, _ in times) / peak:6.2f}" if flops else "     -"
-    report(work, [p / o for o, p in times], target, share)
-
-
-def in_bf16(method, *data):
-    "A step in bfloat16 as `fit` makes it: weights are cast anew once an optimiser has moved them."
-    for part in vars(method).values():
-        if isinstance(part, torch.optim.Optimizer):
-            part.register_step_post_hook(lambda *_: torch.clear_autocast_cache())
-
-    def step():
-        with torch.autocast("cpu", torch.bfloat16):
-            method.step(*data)
-
-    return step
 
 
 def random_images(n, channels, size):
@@ -84,7 +42,9 @@ def random_images(n, channels, size):
 # ---- data: one gather on the device against one image at a time
 
 
-def bench_data(rounds):
+@row
+def data():
+    "50,000 images: Batches beside a DataLoader."
     from PIL import Image
     from torch.utils.data import DataLoader, Dataset
     from torchvision import transforms as T
@@ -108,151 +68,255 @@ def bench_data(rounds):
     for (a, b), (c, d), _ in zip(Batches(images, 128, shuffle=False), plain, range(3), strict=False):
         assert a.equal(c) and b.equal(d)
     usual = T.Compose([T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), T.ToTensor()])
-    loader, epoch = DataLoader(Pictures(usual), 128, shuffle=True), []
-    ours = Batches(images, 128, augment="crop_flip")
+    loader, ours = DataLoader(Pictures(usual), 128, shuffle=True), Batches(images, 128, augment="crop_flip")
 
     def whole():
-        for x, _ in ours:
-            epoch.append(len(x))
-
-    def piece():
-        for (_x, _y), _ in zip(loader, range(20), strict=False):
+        for _ in ours:
             pass
 
-    whole(), piece()
-    rates = [((390 * 128) / clock(whole), (20 * 128) / clock(piece)) for _ in range(rounds)]
+    def piece():
+        for _ in zip(loader, range(20), strict=False):
+            pass
+
+    times = race({"ours": whole, "peer": piece})
+    rates = [(390 * 128 / a, 20 * 128 / b) for a, b in zip(times["ours"], times["peer"], strict=True)]
     mine, theirs = (statistics.median(r) for r in zip(*rates, strict=True))
-    more = f"   ({mine:,.0f} / {theirs:,.0f} images/s)"
-    report("50,000 images, crop, flip: Batches / DataLoader", [a / b for a, b in rates], ">= 20", more=more)
+    note = f"{mine:,.0f} and {theirs:,.0f} images/s"
+    peer = "`DataLoader` with torchvision's transforms"
+    report("50,000 images of 32 x 32, crop and flip", peer, [a / b for a, b in rates], note)
 
 
 # ---- the loop: fit against the bare loop, with the same step
 
 
-def bench_fit(rounds):
+@row
+def loop():
+    "fit beside a bare loop with the same step, MNIST MLPs."
     images = random_images(128 * 40, 1, 28)
     make = lambda name, seed=0: create_model(name, in_channels=1, image_size=28, seed=seed)  # noqa: E731
     methods = {
-        "teacher MLP, supervised": lambda: Supervised(make("mlp_1200_1200"), lr=0.01),
-        "student MLP, supervised": lambda: Supervised(make("mlp_400"), lr=0.01),
-        "student MLP, distilled": lambda: KD(make("mlp_400"), make("mlp_1200_1200", 1), lr=0.01),
+        "MLP 1200-1200, labels": lambda: Supervised(make("mlp_1200_1200"), lr=0.01),
+        "MLP 400, labels": lambda: Supervised(make("mlp_400"), lr=0.01),
+        "MLP 400, distilled": lambda: KD(make("mlp_400"), make("mlp_1200_1200", 1), lr=0.01),
     }
     for name, new in methods.items():
         a, b, batches = new(), new(), Batches(images, 128)
 
-        def bare(method, batches=batches):
+        def bare_loop(method, batches=batches):
             for x, y in batches.epoch(0):
                 method.step(x, y)
 
         ours = lambda a=a, batches=batches: fit(a, batches, epochs=1, progress="off")  # noqa: E731
-        peer = lambda b=b, bare=bare: bare(b)  # noqa: E731
-        ours(), peer()
+        peer = lambda b=b, bare_loop=bare_loop: bare_loop(b)  # noqa: E731
+        ours()
+        peer()
         assert all(p.equal(q) for p, q in zip(a.student.parameters(), b.student.parameters(), strict=True))
-        compare(f"{name}: fit / bare loop", ours, peer, 3 * rounds, target=">= .95")
+        compare(f"`fit`, {name}", {"": ours}, {"a bare loop with the same step": peer})
 
 
-# ---- the switches: layout and fused optimiser, bfloat16, compilation
+# ---- a step of training and of distilling: RepDistiller (helper/loops.py) and mdistiller (engine/trainer.py)
 
 
-class Usual:
-    "Supervised training as usually written: the default layout and optimiser."
+class Meter:
+    "Their running average."
 
-    def __init__(self, student):
-        self.student = student.train()
-        self.optimizer = torch.optim.SGD(student.parameters(), 0.01, 0.9, weight_decay=5e-4)
+    def __init__(self):
+        self.sum = self.count = self.avg = 0
+
+    def update(self, value, n):
+        self.sum, self.count = self.sum + value * n, self.count + n
+        self.avg = self.sum / self.count
+
+
+def top_1_and_5(logits, y):
+    "Per cent, as both count it after each batch."
+    with torch.no_grad():
+        hit = logits.topk(5, 1, True, True)[1].t().eq(y.view(1, -1).expand(5, -1))
+        return [hit[:k].reshape(-1).float().sum(0, keepdim=True).mul_(100 / len(y)) for k in (1, 5)]
+
+
+class RepDistiller:
+    "One batch of train_vanilla, or of train_distill with --distill kd -r 0.1 -a 0.9, kd_T 4."
+
+    def __init__(self, student, teacher=None):
+        self.student, self.teacher = student.train(), teacher and teacher.eval()
+        self.optimizer = torch.optim.SGD(student.parameters(), 0.05, 0.9, weight_decay=5e-4)
+        self.meters = [Meter() for _ in range(3)]
 
     def step(self, x, y):
-        loss = nn.functional.cross_entropy(self.student(x), y)
+        if self.teacher is None:
+            logits = self.student(x)
+            loss = F.cross_entropy(logits, y)
+        else:
+            logits, _maps = features(self.student, x)
+            with torch.no_grad():
+                answers, _theirs = features(self.teacher, x)
+            soft = F.kl_div((logits / 4).log_softmax(1), (answers / 4).softmax(1), reduction="sum")
+            loss = 0.1 * F.cross_entropy(logits, y) + 0.9 * (soft * 16 / len(x)) + 0.0 * 0
+        values = loss.item(), *(hits[0] for hits in top_1_and_5(logits, y))
+        for meter, value in zip(self.meters, values, strict=True):
+            meter.update(value, len(x))
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        return {"loss": loss.detach()}
+        return loss.detach()
 
 
-def bench_switches(name, channels, size, rounds, peak):
-    images, losses = random_images(128 * 6, channels, size), {}
+class Mdistiller(RepDistiller):
+    "One train_iter with the Vanilla or the KD distiller, the same weights and temperature."
 
-    def new():
-        return create_model(name, in_channels=channels, image_size=size, seed=0)
-
-    def usual(method):
-        for x, y in Batches(images, 128).epoch(0):
-            losses["usual"] = method.step(x.contiguous(), y)["loss"].item()
-
-    def ours(method, key, precision="fp32"):
-        history = fit(method, Batches(images, 128), epochs=1, progress="off", precision=precision)
-        losses.setdefault(key, history["loss"][0])
-
-    x, y = next(iter(Batches(images, 128)))
-    with FlopCounterMode(display=False) as counter:
-        Supervised(new(), lr=0.01).step(x, y)
-    work = rounds, counter.get_total_flops() * 6, peak
-    plain, slow, bf16, compiled = (
-        Supervised(new(), lr=0.01),
-        Usual(new()),
-        *(Supervised(new(), lr=0.01) for _ in "ab"),
-    )
-    compiled.student.compile()  # once for all rounds: fit would drop the code after each
-    compare(f"{name}: fit / usual step", lambda: ours(plain, "fp32"), lambda: usual(slow), *work)
-    for key, method in (("bf16", bf16), ("bf16 + compile", compiled)):
-        compare(
-            f"{name}: {key} / fp32", partial(ours, method, key, "bf16"), partial(ours, plain, "fp32"), *work
-        )
-        assert abs(losses[key] / losses["fp32"] - 1) < 0.02, losses
+    def step(self, x, y):
+        self.optimizer.zero_grad()
+        logits = self.student(x)
+        if self.teacher is None:
+            losses = [F.cross_entropy(logits, y)]
+        else:
+            with torch.no_grad():
+                answers = self.teacher(x)
+            soft = F.kl_div((logits / 4).log_softmax(1), (answers / 4).softmax(1), reduction="none")
+            losses = [0.1 * F.cross_entropy(logits, y), 0.9 * (soft.sum(1).mean() * 16)]
+        loss = sum(part.mean() for part in losses)
+        loss.backward()
+        self.optimizer.step()
+        hits = top_1_and_5(logits, y)
+        values = loss.cpu().detach().numpy().mean(), *(h[0] for h in hits)
+        for meter, value in zip(self.meters, values, strict=True):
+            meter.update(value, len(x))
+        return loss.detach()
 
 
-# ---- the virtual teacher: one scatter against a loop over the batch, as the published code has it
+PEERS = {"RepDistiller's loop, float32": RepDistiller, "mdistiller's loop, float32": Mdistiller}
+
+
+def step_rows(work, method, student, teacher, batch_size, both=False):
+    "Checks in float64, three steps and all weights; then the clock."
+    g = torch.Generator().manual_seed(0)
+    nets = [net for net in (student, teacher) if net is not None]
+
+    def ours(kind):
+        return method(*(copy.deepcopy(net).to(kind) for net in nets), lr=0.05)
+
+    def peer(loop, kind):
+        return loop(*(bare(net).to(kind) for net in nets))
+
+    x, y = noise(16, 32).double(), torch.randint(0, 10, (16,), generator=g)
+    sides = [ours(torch.float64), *(peer(loop, torch.float64) for loop in PEERS.values())]
+    for side in sides:
+        for _ in range(3):
+            side.step(x if side is sides[0] else normalised(student, x), y)
+        check_weights(sides[0].student, side.student, rtol=1e-7, atol=1e-9)
+    x, y = noise(batch_size, 32), torch.randint(0, 10, (batch_size,), generator=g)
+    mine, brief = ours(torch.float32), ours(torch.float32)
+    for side in (mine, brief):
+        wide(side.student)
+        if teacher is not None:
+            wide(side.teacher)
+    jobs = {"": partial(mine.step, wide(x), y), "bfloat16": in_bf16(brief, wide(x), y)}
+    plain = normalised(student, x)
+    loops = list(PEERS.items())[: 1 + both]
+    peers = {name: partial(peer(loop, torch.float32).step, plain, y) for name, loop in loops}
+    compare(f"{work}, batch {batch_size}", jobs, peers, repeat=3, flops=flops_of(jobs[""]))
+
+
+@row
+def supervised():
+    "CE step, resnet8, beside RepDistiller."
+    for batch_size in (64, 128):
+        step_rows("CE step, resnet8", Supervised, network("resnet8", normalised=True), None, batch_size)
+
+
+@row
+def distilled():
+    "KD step: resnet26 teaches resnet8, beside RepDistiller and mdistiller."
+    nets = [network(name, normalised=True) for name in ("resnet8", "resnet26")]
+    for batch_size in (64, 128):
+        step_rows("KD step, resnet26 teaches resnet8", KD, *nets, batch_size, both=batch_size == 64)
+
+
+# ---- the switches of fit: bfloat16, compilation
+
+
+@row
+def switches():
+    "fit: bfloat16 and compile beside float32, resnet20 and MLP."
+    for name, channels, size in (("resnet20", 3, 32), ("mlp_1200_1200", 1, 28)):
+        images, losses = random_images(128 * 6, channels, size), {}
+
+        def new(name=name, channels=channels, size=size):
+            return Supervised(create_model(name, in_channels=channels, image_size=size, seed=0), lr=0.01)
+
+        def train(method, key, precision="fp32", images=images, losses=losses):
+            history = fit(method, Batches(images, 128), epochs=1, progress="off", precision=precision)
+            losses.setdefault(key, history["loss"][0])
+
+        compiled = new()
+        compiled.student.compile()  # once for all rounds: fit would drop the code after each
+        jobs = {"bfloat16": partial(train, new(), "bf16", "bf16")}
+        if name == "resnet20":  # compiling takes longer than all else here
+            jobs["bfloat16 and compiled"] = partial(train, compiled, "compiled", "bf16")
+        compare(f"`fit`, {name}", jobs, {"`fit` in float32": partial(train, new(), "fp32")})
+        assert all(abs(value / losses["fp32"] - 1) < 0.02 for value in losses.values()), losses
+
+
+# ---- Tf-KD (my_loss_function.py, train_kd.py): the virtual teacher is filled in row by row
 
 
 def published_reg_loss(logits, y):
-    "The steps of the published loss: a table filled row by row, softened, KLDivLoss with its default mean."
-    table = torch.full_like(logits, 0.01 / (logits.shape[1] - 1))
-    for i in range(len(table)):
+    table = torch.ones_like(logits)
+    table = table * (1 - 0.99) / (logits.shape[1] - 1)
+    for i in range(logits.shape[0]):
         table[i, y[i]] = 0.99
-    soft = nn.KLDivLoss()(logits.log_softmax(1), (table / 20).softmax(1))
-    return 0.9 * nn.functional.cross_entropy(logits, y) + 0.1 * 100 * soft
+    soft = nn.KLDivLoss()(logits.log_softmax(1), (table / 20).softmax(1)) * 100.0
+    return (1 - 0.1) * F.cross_entropy(logits, y) + 0.1 * soft
 
 
-class PublishedReg(Usual):
+class PublishedReg:
+    def __init__(self, student):
+        self.student, self.loss, self.total, self.correct = student.train(), Meter(), 0, 0
+        self.optimizer = torch.optim.SGD(student.parameters(), 0.1, 0.9, weight_decay=5e-4)
+
     def step(self, x, y):
-        loss = published_reg_loss(self.student(x), y)
         self.optimizer.zero_grad()
+        logits = self.student(x)
+        loss = published_reg_loss(logits, y)
         loss.backward()
         self.optimizer.step()
-        return {"loss": loss.detach()}
+        self.total += len(y)
+        self.correct += logits.max(1)[1].eq(y).sum().item()
+        self.loss.update(loss.data, len(x))
+        f"{self.loss.avg:05.3f}"  # their progress bar reads it
+        return loss.detach()
 
 
-def bench_tfkd(rounds):
+@row
+def tfkd():
+    "Tf-KD_reg with 100 classes: the loss, a step of resnet8, beside the published code."
     g = torch.Generator().manual_seed(0)
-    x, y = torch.rand(128, 3, 32, 32, generator=g), torch.randint(0, 100, (128,), generator=g)
+    x, y = noise(128, 32), torch.randint(0, 100, (128,), generator=g)
     logits = torch.randn(128, 100, generator=g)
     ours = partial(tf_kd_reg_loss, logits, y, variant="official", multiplier=100.0)
     torch.testing.assert_close(ours(), published_reg_loss(logits, y))
+    peer = {"the published code, float32": partial(published_reg_loss, logits, y)}
+    compare("Tf-KD_reg, 100 classes, batch 128, the loss", {"": ours}, peer, repeat=100)
 
-    def many(loss):
-        for _ in range(100):
-            loss()
+    net = network("resnet8", normalised=True, num_classes=100)
 
-    peer = partial(published_reg_loss, logits, y)
-    mine, theirs = partial(many, ours), partial(many, peer)
-    compare("Tf-KD reg, 100 classes, the loss", mine, theirs, rounds, target=">= 3")
+    def method(kind=torch.float32):
+        student = copy.deepcopy(net).to(kind)
+        return TfKD(student, variant="official", multiplier=100.0, lr=0.1)
 
-    def new():
-        return create_model("resnet8", num_classes=100, seed=0)
-
-    mine, theirs = TfKD(new(), variant="official", multiplier=100.0, lr=0.01), PublishedReg(new())
-    mine.student.to(memory_format=torch.channels_last)
-    wide = x.contiguous(memory_format=torch.channels_last)
-    a, b = mine.step(wide, y)["loss"], theirs.step(x, y)["loss"]
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=0)
-    step, usual = partial(mine.step, wide, y), partial(theirs.step, x, y)
-    compare("Tf-KD reg, 100 classes, a step of resnet8", step, usual, 5 * rounds, target=">= 2")
+    mine, theirs = method(torch.float64), PublishedReg(bare(net).double())
+    for _ in range(3):
+        mine.step(x[:16].double(), y[:16])
+        theirs.step(normalised(net, x[:16].double()), y[:16])
+    check_weights(mine.student, theirs.student, rtol=1e-7, atol=1e-9)
+    mine, brief, theirs = method(), method(), PublishedReg(bare(net))
+    for side in (mine, brief):
+        wide(side.student)
+    jobs = {"": partial(mine.step, wide(x), y), "bfloat16": in_bf16(brief, wide(x), y)}
+    peer = {"the published code, float32": partial(theirs.step, normalised(net, x), y)}
+    compare("Tf-KD_reg, 100 classes, batch 128, a step of resnet8", jobs, peer, repeat=2)
 
 
 if __name__ == "__main__":
-    rounds, peak = rounds_asked(), begin("  of peak")
-    bench_data(rounds)
-    bench_fit(rounds)
-    bench_switches("resnet20", 3, 32, rounds, peak)
-    bench_switches("mlp_1200_1200", 1, 28, rounds, peak)
-    bench_tfkd(rounds)
+    main(__doc__)

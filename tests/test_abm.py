@@ -534,9 +534,9 @@ def points(n=40, inputs=5, seed=2):
     return torch.randn(n, inputs, generator=stream(seed), dtype=torch.float64)
 
 
-def agreeing():
+def agreeing(name="resnet8"):
     "Two networks alike, but not the same."
-    student, _ = pair()
+    student = pair(teacher=name)[1]
     teacher = copy.deepcopy(student)
     with torch.no_grad():
         for p in teacher.parameters():
@@ -639,6 +639,37 @@ def test_curves_leave_the_networks_as_they_were():
     assert student.training and not moved(before[0], student) and not moved(before[1], teacher)
     assert not curves.own.requires_grad and not curves.other.requires_grad
     assert all(p.grad is None and p.requires_grad for p in student.parameters())
+
+
+class Views(nn.Module):
+    "A network that can read pixels in the usual layout only."
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(1, 2, 3), nn.Linear(2 * 6 * 6, 4)
+
+    def forward(self, x):
+        return self.linear(self.conv(x).view(len(x), -1))
+
+
+def view_only():
+    torch.manual_seed(0)
+    return Views(), Views()
+
+
+@pytest.mark.parametrize("nets", [agreeing, lambda: agreeing("wrn_16_1"), view_only])
+def test_fast_curves_are_the_curves(nets):
+    model, other = nets()
+    x = torch.rand(20, 1, 8, 8, generator=stream(5))
+    before = [(state(net), net.training, net.requires_grad_(True)) for net in (model, other)]
+    fast, plain = (transition_curves(model, other, x, steps=5, fast=fast) for fast in (True, False))
+    assert torch.equal(fast.rows, plain.rows) and torch.equal(fast.targets, plain.targets)
+    for name in ("own", "other"):
+        torch.testing.assert_close(getattr(fast, name), getattr(plain, name), rtol=0, atol=1e-5)
+    for weights, training, net in before:
+        assert not moved(weights, net) and net.training == training and not net._forward_pre_hooks
+        assert all(p.requires_grad and p.grad is None for p in net.parameters())
+        assert all(b.is_contiguous() for b in net.state_dict().values())
 
 
 # ---------------------------------------------------------------- bad input
