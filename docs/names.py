@@ -9,7 +9,7 @@ HOME = Path(__file__).resolve().parent
 FLOORS = {
     "Ground": ["checks", "checkpoint", "data", "models", "attacks"],
     "First floor: learning, training, evaluation, runs": [
-        "learning", "training", "evaluation", "trackers", "runs", "workers", "runner"],
+        "learning", "training", "evaluation", "trackers", "runs", "verdicts", "workers", "runner"],
     "Second floor: experiments, and lessons that others stand on": ["experiment", "kd", "features", "robust"],
     "Third floor: the five papers": ["bss", "abm", "ard", "afd", "tfkd"],
 }

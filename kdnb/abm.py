@@ -285,10 +285,8 @@ def _agreed(model, other, x, batch_size):  # rows, the class read there, K
 
 # %% ../nbs/21_abm.ipynb #3e666b9d
 def _quick(net, x):  # a folded copy, channels last inside; net itself where that fails
-    def convert(module, inputs): return inputs[0].contiguous(memory_format=torch.channels_last)
     try:
-        copy = fold_batchnorm(net).to(memory_format=torch.channels_last)
-        copy.register_forward_pre_hook(convert)
+        copy = fold_batchnorm(net, channels_last=True)
         copy(x[:1])
     except (ValueError, RuntimeError): return net      # no copy, no pixels, or a `view` of the usual layout
     return copy

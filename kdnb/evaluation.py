@@ -88,12 +88,7 @@ def _predict(model, images, batch_size):
     return logits
 
 # %% ../nbs/04_evaluation.ipynb #e4b97482
-def _quick_copy(model):
-    "Batch norm folded into the convolutions, channels last inside: attacked in the model's place."
-    copy = fold_batchnorm(model).to(memory_format=torch.channels_last)
-    def convert(module, inputs): return inputs[0].contiguous(memory_format=torch.channels_last)
-    copy.register_forward_pre_hook(convert)
-    return copy
+_quick_copy = partial(fold_batchnorm, channels_last=True)     # attacked in the model's place
 
 # %% ../nbs/04_evaluation.ipynb #d2c94c47
 def _attacked(attack, model, x, y):

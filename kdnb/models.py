@@ -313,6 +313,7 @@ def features(
 def fold_batchnorm(
     model: nn.Module,  # any; left as it is
     keep=(),           # a name or names: layers that stay as they are
+    channels_last: bool = False,   # its weights, and inside it the images, in this layout
 ) -> nn.Module:        # a frozen copy in evaluation mode; the same answers up to rounding
     "A copy in which each Conv2d with a BatchNorm2d right behind it in a Sequential is one Conv2d."
     if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
@@ -332,7 +333,10 @@ def fold_batchnorm(
             if plain(layer, nn.Conv2d) and plain(norm, nn.BatchNorm2d) and norm.running_var is not None:
                 setattr(block, name, fuse_conv_bn_eval(layer, norm))
                 setattr(block, after, nn.Identity())
+    if channels_last: model.to(memory_format=torch.channels_last).register_forward_pre_hook(_channels_last)
     return model.eval().requires_grad_(False)
+
+def _channels_last(model, images): return images[0].contiguous(memory_format=torch.channels_last)
 
 # %% ../nbs/01_models.ipynb #ba28c181
 def _need(extra, *packages):  # what only some users have; the last of it

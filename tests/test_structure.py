@@ -132,7 +132,7 @@ def floor(name):
     return 0 if number(name) <= 2 else 1 if number(name) <= 5 else max(2, number(name) // 10 + 1)
 
 
-LOW = {"00_checks": -1, "03_learning": 0.5, "06_workers": 1.5}
+LOW = {"00_checks": -1, "03_learning": 0.5, "05_verdicts": 1.5, "06_workers": 1.5}
 
 
 def imports(tree):
@@ -175,7 +175,7 @@ def test_name_is_number_and_name(name):
 
 def test_numbers_and_modules_are_unique():
     # they stand below the room of their number
-    below = ("00_checks", "00_checkpoint", "03_learning", "05_trackers", "06_workers")
+    below = ("00_checks", "00_checkpoint", "03_learning", "05_trackers", "05_verdicts", "06_workers")
     numbers = [number(n) for n in NOTEBOOKS if n not in below]
     assert len(set(numbers)) == len(numbers), f"a number twice: {list(NOTEBOOKS)}"
     exported = [m for m in map(module_of, NOTEBOOKS) if m]
@@ -417,7 +417,7 @@ def halves(name):
 def strangers(name, cells):
     "Names that a half of a notebook uses, and neither makes, imports nor finds in the exported module."
     tree = ast.parse("\n".join(ast.unparse(parse(s)) for s in cells))
-    exported = vars(import_module(f"kdnb.{module_of(name)}"))
+    exported = vars(import_module(f"kdnb.{module_of(name)}")) if module_of(name) else {}
     used, made = set(), {*dir(builtins), *exported, "display", "get_ipython"}
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
