@@ -66,7 +66,7 @@ class Verdicts:
 
     def __repr__(self): return self.show()
 
-    def _repr_markdown_(self): return self.show("github").replace("|--", "| --") if self.rows else "no claims"
+    def _repr_markdown_(self): return self.show("github")
 
 # %% ../nbs/05_verdicts.ipynb #a701196b
 def _claims(notebook):
