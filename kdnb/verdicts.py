@@ -25,11 +25,12 @@ def judge(
     from scipy.stats import t
 
     half = float(t.ppf(0.975, len(differences) - 1)) * stdev(differences) / len(differences) ** 0.5
-    if by: middle, good = (mean if by > 0 else -mean), abs(by)
-    else: middle, good = abs(mean), within
-    if by: reproduced, refuted = middle >= good and middle > half, middle <= max(0, min(half, good - half))
-    else: reproduced, refuted = middle + half <= good, middle - half > good
-    return "reproduced" if reproduced else "not reproduced" if refuted else "partly", mean, half
+    middle = abs(mean) if within else mean if by > 0 else -mean
+    low, high, good = middle - half, middle + half, within or abs(by)
+    if within: words = "reproduced" if high <= good else "not reproduced" if low > good else "undecided"
+    elif low > 0: words = "reproduced" if middle >= good else "partly"
+    else: words = "not reproduced" if high < good else "undecided"
+    return words, mean, half
 
 # %% ../nbs/05_verdicts.ipynb #b9e2945b
 def _by_seed(rows, preset, metric):  # seed -> value; a number is the same for all seeds
