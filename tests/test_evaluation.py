@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kdnb.evaluation as evaluation
+from kdnb import checks
 from kdnb.attacks import attack_name, fgsm, pgd
 from kdnb.data import Batches, Images
 from kdnb.evaluation import (
@@ -715,7 +716,7 @@ def test_a_masked_class_is_no_nan(natural, few):
 
 
 def test_missing_extra_is_said_before_any_work(natural, few, monkeypatch, tmp_path):
-    monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
     path = tmp_path / "aa.json"
     one_line(lambda: autoattack(natural, few, checkpoint=path), r"pip install 'kdnb\[eval\]'")
     one_line(lambda: evaluate(natural, few, [pgd], autoattack="lite"), r"pip install 'kdnb\[eval\]'")
