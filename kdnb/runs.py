@@ -170,8 +170,8 @@ def load_cards(
     like: dict | None = None,  # all parameters of a run: only cards of its protocol and its seed
 ) -> list:  # of cards, the oldest first
     "The recorded runs of a notebook; a card with a reason under `superseded` stays in its file only."
-    folders = [lessons_folder() / "results", Path("results"), Path("runs")]
-    if folder is not None: folders = [Path(folder)]
+    folders = [Path(folder or "")]
+    if folder is None: folders = [lessons_folder() / "results", Path("results"), Path("runs")]
     cards = []
     for path in dict.fromkeys((f / f"{notebook}.jsonl").resolve() for f in folders):
         data = path.read_bytes() if path.exists() else b""
