@@ -129,13 +129,10 @@ def _threads(models, data, batch_size):
     work = max((_work(network_for(data, name), data.train.x[:1]) for name in models), default=0)
     return int(min(max(work * batch_size / 250e6, 1), _MOST))
 
-def _work(model, images):  # multiply-adds of convolutions and linear layers
-    found = []
-    def count(layer, inputs, output): found.append(output.numel() * layer.weight[0].numel())
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear): layer.register_forward_hook(count)
-    with torch.no_grad(): model.eval()(images.float())
-    return sum(found)
+def _work(model, images):  # multiply-adds
+    from torch.utils.flop_counter import FlopCounterMode
+    with torch.no_grad(), FlopCounterMode(display=False) as counter: model.eval()(images.float())
+    return counter.get_total_flops() / 2
 
 # %% ../nbs/07_experiment.ipynb #6e532f45
 def _check_world(notebook, values):  # models, data, folders: what the parameters name must be there
