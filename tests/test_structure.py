@@ -493,7 +493,7 @@ def test_exported_size(module):
     limit = 250 if name in PAPERS else 450  # machinery below 10 has more parts, each small
     assert size <= limit, f"{name}: {size} exported code lines, at most {limit}"
     names = public(module)
-    most = 18 if module in ("checks", "models") else 14  # rules of a few lines; doors to other libraries
+    most = {"checks": 18, "models": 17}.get(module, 14)  # rules of a few lines; doors to other libraries
     assert 2 <= len(names) <= most, f"{name}: {len(names)} public names, 2 to {most} allowed: {names}"
 
 
