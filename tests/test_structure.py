@@ -291,7 +291,8 @@ def test_lesson_imports_only_earlier_notebooks(name):
             other = base.removeprefix("kdnb").lstrip(".") if base.startswith("kdnb.") else imported
             if base.split(".")[0] == "kdnb" and other in MODULES:
                 early = number(MODULES[other]) <= number(name)
-                assert early, f"{name} uses {other}, which a later notebook explains"
+                drawing = imported in ("begin", "show")
+                assert early or drawing, f"{name} uses {other}, which a later notebook explains"
 
 
 @each_notebook
@@ -444,6 +445,54 @@ def test_the_question_comes_first(name):
     assert lines <= 15, f"{name}: {lines} code lines before section 1, at most 15"
 
 
+SECTIONS = """1. The problem
+2. The idea in one picture
+3. The maths
+4. The code next to the maths
+5. Where paper and code part
+6. A toy that shows it
+7. The experiment
+8. The paper's table beside ours
+9. What the critics say
+10. Summary, exercises, references"""
+
+
+@each_lesson
+def test_lessons_are_laid_out_alike(name):
+    "Title `BSS: boundary supporting samples`; What you will see; the same ten sections."
+    text = "\n".join(sources(name, "markdown"))
+    assert re.match(r"# [A-Z][\w, -]*: \w", text), f"{name}: the title is `# ACRONYM: what it stands for`"
+    first, *found = re.findall(r"(?m)^## (.*)$", text)
+    assert first == "What you will see", f"{name}: it opens with `## {first}`"
+    if name < "3":
+        assert found == SECTIONS.splitlines(), f"{name}: other sections: {set(found) - {*SECTIONS.splitlines()}}"
+
+
+def told(name):
+    "The cells of sections 1 to 6."
+    cells = load(name)["cells"]
+    heads = ["".join(c["source"]) if c["cell_type"] == "markdown" else "" for c in cells]
+    first, last = (next(i for i, s in enumerate(heads) if f"## {n}. " in s) for n in (1, 7))
+    return cells[first:last]
+
+
+@each_lesson
+def test_a_number_or_a_figure_comes_soon(name):
+    lines = 0
+    for cell in told(name):
+        lines += len(code_lines("".join(cell["source"]))) if cell["cell_type"] == "code" else 0
+        if cell.get("outputs"): break
+    assert lines <= 15, f"{name}: {lines} code lines before the first figure or number, at most 15"
+
+
+@each_lesson
+def test_prose_between_code(name):
+    for kind, group in itertools.groupby(told(name), key=lambda c: c["cell_type"]):
+        group = ["".join(c["source"]) for c in group]
+        few = kind != "code" or len(group) <= 3
+        assert few, f"{name}: {len(group)} code cells in a row, at most 3:\n{group[0][:200]}"
+
+
 @each_notebook
 def test_no_leftovers_of_a_run(name):
     nb = load(name)
@@ -523,6 +572,18 @@ def test_file_and_figures_are_small(name):
                 text = "".join(data)
                 size = len(text) if kind == "image/svg+xml" else len(base64.b64decode(text))
                 assert size <= 60_000, f"{name}: a figure of {size:,} bytes, at most 60,000"
+
+
+@each_notebook
+def test_figures_are_sharp_and_described(name):
+    "What `show` does: twice the pixels of its width, and a text for who cannot see it."
+    for cell in load(name)["cells"]:
+        for out in cell.get("outputs", []):
+            if picture := out.get("data", {}).get("image/png"):
+                about, start = out["metadata"].get("image/png", {}), "".join(cell["source"])[:60]
+                pixels = int.from_bytes(base64.b64decode("".join(picture))[16:20], "big")
+                assert len(about.get("alt", "")) >= 30, f"{name}: no alt text of the figure under `{start}`"
+                assert pixels >= 2 * about["width"], f"{name}: a blurred figure under `{start}`"
 
 
 # ---------------------------------------------------------------- outputs
