@@ -14,11 +14,14 @@ install = $(BIN)/python -m pip --disable-pip-version-check install $(1) > $(VENV
 	|| { tail -n 20 $(VENV)/install.log; exit 1; }
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test export notebooks bench workflows lab clean
+.PHONY: help demo test check export notebooks docs dist bench workflows lab clean
 
 help:
 	@echo "make demo       install into .venv, run the first lesson, print its results table"
 	@echo "make test       everything that continuous integration checks (PYTEST='-k structure' for a part)"
+	@echo "make check      structure, export and the tests of what changed since the last commit: two minutes"
+	@echo "make docs       build the site from the notebooks into runs/site/html"
+	@echo "make dist       source archive and wheel into dist/, checked"
 	@echo "make export     clean the notebooks and write kdnb/ from them"
 	@echo "make notebooks  run all notebooks with their defaults and keep the outputs (ONLY=10 for some)"
 	@echo "make bench      time training, attacks, BSS, ABM, AFD beside the published codes, and how time grows with"
@@ -52,6 +55,10 @@ $(VENV)/.lab-ok: $(VENV)/.dev-ok
 	@$(call install,-e '.[lab]')
 	@touch $@
 
+$(VENV)/.dist-ok: $(VENV)/.made
+	@$(call install,'build>=1.2' 'twine>=6')
+	@touch $@
+
 $(VENV)/.workflows-ok: $(VENV)/.made
 	@$(call install,'check-jsonschema>=0.33' 'zizmor>=1.20')
 	@touch $@
@@ -69,6 +76,11 @@ TESTS := tests/test_structure.py $(filter-out tests/test_structure.py $(LAST),$(
 test: $(VENV)/.dev-ok
 	@OMP_NUM_THREADS=1 JOBS=$(JOBS) $(BIN)/python -m pytest -q --durations=10 --durations-min=5 \
 		$(TESTS) $(PYTEST)
+
+# What a contributor runs before a commit; `make test` is everything.
+check: export
+	@$(BIN)/ruff check nbs kdnb tests docs
+	@OMP_NUM_THREADS=1 JOBS=$(JOBS) $(BIN)/python -m pytest -q $$($(BIN)/python tests/changed.py) $(PYTEST)
 
 # ---- what an author wants
 
@@ -101,6 +113,16 @@ notebooks: export
 		else echo "FAIL {}"; tail -n 25 ../runs/fresh/{}.log; exit 1; fi'
 	@cp runs/fresh/*.ipynb nbs/
 	@$(clean_notebooks)
+
+docs: $(VENV)/.dev-ok
+	@$(BIN)/python docs/site.py runs/site
+	@echo "the site: runs/site/html/index.html"
+
+dist: $(VENV)/.dist-ok
+	@rm -rf dist build
+	@$(BIN)/python -m build --outdir dist . > $(VENV)/build.log 2>&1 || { tail -n 20 $(VENV)/build.log; exit 1; }
+	@$(BIN)/twine check --strict dist/*
+	@ls -l dist
 
 # One file after the other, each alone: two at once would slow each other down.
 bench: $(VENV)/.dev-ok

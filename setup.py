@@ -11,7 +11,7 @@ ini = ConfigParser(delimiters=["="])
 ini.read(ROOT / "settings.ini", encoding="utf-8")
 settings = ini["DEFAULT"]
 LIB = settings["lib_path"]
-EXTRAS = ["run", "eval", "track", "wandb", "mlflow", "timm", "onnx", "ray", "dev", "lab"]
+EXTRAS = ["run", "eval", "track", "wandb", "mlflow", "timm", "onnx", "ray", "docs", "dev", "lab"]
 
 
 def words(key):
@@ -28,7 +28,7 @@ class BuildPy(build_py):
             return
         source, target = ROOT / settings["nbs_path"], Path(self.build_lib) / LIB / "notebooks"
         shutil.rmtree(target, ignore_errors=True)
-        for pattern in ("*.ipynb", "params/*.yaml", "results/*.jsonl", "results/*.yaml"):
+        for pattern in ("*.ipynb", "START.md", "params/*.yaml", "results/*.jsonl", "results/*.yaml"):
             for path in sorted(source.glob(pattern)):
                 copy = target / path.relative_to(source)
                 copy.parent.mkdir(parents=True, exist_ok=True)

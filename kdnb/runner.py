@@ -37,7 +37,7 @@ from kdnb.runs import (
     protocol_name,
     results_table,
 )
-from .workers import check_setup, hear, keep_heap, run_folder, run_here, run_on_ray
+from .workers import check_setup, diagnose, hear, keep_heap, run_folder, run_here, run_on_ray
 
 # %% ../nbs/06_runner.ipynb #e04d1c62
 def _output_name(name, every):  # 10_kd.PRESET.what-differs.seed0.ipynb
@@ -315,7 +315,7 @@ def _compared(first, second):
 def copy_notebooks(folder: str | Path, force: bool = False) -> list:  # force: replace files -> the new paths
     "Put lessons, presets and recorded results into a folder, to read them in JupyterLab."
     found = [*notebooks().values()]
-    for kind in ("params/*.yaml", "results/*.yaml", "results/*.jsonl"):
+    for kind in ("START.md", "params/*.yaml", "results/*.yaml", "results/*.jsonl"):
         found += sorted(lessons_folder().glob(kind))
     targets = {p: Path(folder) / p.relative_to(lessons_folder()) for p in found}
     there = [str(t) for t in targets.values() if t.exists()]
@@ -387,13 +387,14 @@ class _Parser(argparse.ArgumentParser):
 def _parser():
     top = _Parser(prog="kdnb", description="Knowledge distillation lessons: read them, run them, compare.")
     top.add_argument("--version", action="version", version=f"kdnb {kdnb.__version__}")
-    add = top.add_subparsers(dest="command", required=True).add_parser
+    add = top.add_subparsers(dest="command").add_parser
     show, results = add("list", help="the lessons, or one's parameters"), add("results", help="recorded runs")
     pair = add("compare", help="what differs between two runs: parameters, metrics by seed")
     run, grid = add("run", help="execute a lesson"), add("sweep", help="run a grid, skip what is recorded")
     copy = add("copy", help="put the lessons into a folder, to read them in JupyterLab")
     look = add("predict", help="what a saved network sees in pictures")
     out = add("export", help="a saved network as an ONNX file")
+    add("doctor", help="versions, devices, data, extras and folders, for a bug report")
     for sub in (look, out): sub.add_argument("file", metavar="FILE.safetensors", help="a run's, by -p save")
     look.add_argument("images", nargs="+", metavar="IMAGE", help="files of pictures")
     out.add_argument("-o", dest="output", metavar="OUT.onnx", help="default: beside the file")
@@ -427,11 +428,17 @@ def _parser():
 
 # %% ../nbs/06_runner.ipynb #61af7fba
 def _command(args):  # -> exit code
-    if args.command == "list":
+    if args.command is None:
+        print(*(line for line in _list("").splitlines() if line >= "1"), "",
+              "read them:   kdnb copy lessons && jupyter lab lessons/START.md",
+              "run one:     kdnb run 10_kd", "all commands: kdnb --help", sep="\n")
+    elif args.command == "doctor":
+        for what, words in diagnose().items(): print(f"{what:<10} {words}")
+    elif args.command == "list":
         print(_list(args.name))
     elif args.command == "copy":
         copied = copy_notebooks(args.folder, args.force)
-        print(f"{len(copied)} files copied; to read them: jupyter lab {args.folder}")
+        print(f"{len(copied)} files copied; to read them: jupyter lab {Path(args.folder) / 'START.md'}")
     elif args.command == "results":
         names = [Lesson(args.name).name] if args.name else [n for n in notebooks() if load_cards(n)]
         table = ResultsTable([r for n in names for r in results_table(n).rows], *names[:1])

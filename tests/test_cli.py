@@ -1082,3 +1082,13 @@ def test_compare_executed_notebooks(toy):
     found = compare_runs(str(a), str(b))
     assert found["parameters"] == {"preset": ("default", "long"), "steps": (40, 2000)}
     assert found["metrics"]["kd_accuracy"]["mean"] == pytest.approx(100 * (0.1 / 2000 - 0.1 / 40))
+
+
+def test_first_contact(capsys):
+    "Without a command: the lessons and what to type next; `doctor`: ten lines for a bug report."
+    assert main([]) == 0
+    said = capsys.readouterr().out
+    assert "10_kd" in said and "00_data" not in said and "kdnb copy lessons" in said
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["kdnb", "python", "torch"] and len(lines) == 10

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PATTERNS = ["*.ipynb", "params/*.yaml", "results/*.jsonl", "results/*.yaml"]
+PATTERNS = ["*.ipynb", "START.md", "params/*.yaml", "results/*.jsonl", "results/*.yaml"]
 CARRIED = sorted(p.relative_to(ROOT / "nbs").as_posix() for g in PATTERNS for p in (ROOT / "nbs").glob(g))
 PAPERS = [name.removesuffix(".ipynb") for name in CARRIED if name.endswith(".ipynb") and name >= "1"]
 
