@@ -377,11 +377,25 @@ def predict_images(
     return [(str(p), names[k], float(q)) for p, k, q in zip(paths, found.tolist(), sure, strict=True)]
 
 # %% ../nbs/06_runner.ipynb #2c2d089f
+_NEXT = ("", "read them:    kdnb copy lessons && jupyter lab lessons/START.md",
+         "run one:      kdnb run 10_kd", "all commands: kdnb --help")
 _HOW = "jobs", "ray", "cpus", "gpus"  # options of a sweep, words of `sweep`
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(f"{message} (see {self.prog} --help)")
+
+# %% ../nbs/06_runner.ipynb #72ba2f1f
+def _options(run, grid):  # of a run, and of a sweep
+    run.add_argument("--experiment", action="store_true", help="without the lesson around it")
+    run.add_argument("-o", dest="output", metavar="OUT.ipynb", help="default: runs/NAME.PRESET.seedN.ipynb")
+    grid.add_argument("-g", dest="grid", action="append", required=True, metavar="NAME=V1,V2",
+                      help="values of a parameter; all combinations of repeated -g are run")
+    grid.add_argument("-j", dest="jobs", type=int, default=1, help="runs at the same time")
+    grid.add_argument("--ray", nargs="?", const="", metavar="ADDRESS",
+                      help="run on a Ray cluster; without an address on one made of this machine")
+    for option, default in {"cpus": 1, "gpus": 0}.items():
+        grid.add_argument(f"--{option}", type=float, default=default, help=f"a run's {option}, such as 0.25")
 
 # %% ../nbs/06_runner.ipynb #5e80c49b
 def _parser():
@@ -394,7 +408,7 @@ def _parser():
     copy = add("copy", help="put the lessons into a folder, to read them in JupyterLab")
     look = add("predict", help="what a saved network sees in pictures")
     out = add("export", help="a saved network as an ONNX file")
-    add("doctor", help="versions, devices, data, extras and folders, for a bug report")
+    add("doctor", help="versions, devices, data, extras, folders: for a bug report")
     for sub in (look, out): sub.add_argument("file", metavar="FILE.safetensors", help="a run's, by -p save")
     look.add_argument("images", nargs="+", metavar="IMAGE", help="files of pictures")
     out.add_argument("-o", dest="output", metavar="OUT.onnx", help="default: beside the file")
@@ -413,27 +427,37 @@ def _parser():
         sub.add_argument("-p", dest="set", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
                          help="set a parameter; see kdnb list NAME; may be repeated")
         sub._negative_number_matcher = re.compile(r"-\.?\d[\d.eE+-]*")  # so that -1e-3 is a value
-    run.add_argument("--experiment", action="store_true", help="without the lesson around it")
-    run.add_argument("-o", dest="output", metavar="OUT.ipynb", help="default: runs/NAME.PRESET.seedN.ipynb")
-    grid.add_argument("-g", dest="grid", action="append", required=True, metavar="NAME=V1,V2",
-                      help="values of a parameter; all combinations of repeated -g are run")
-    grid.add_argument("-j", dest="jobs", type=int, default=1, help="runs at the same time")
-    grid.add_argument("--ray", nargs="?", const="", metavar="ADDRESS",
-                      help="run on a Ray cluster; without an address on one made of this machine")
-    for option, default in {"cpus": 1, "gpus": 0}.items():
-        grid.add_argument(f"--{option}", type=float, default=default, help=f"a run's {option}, such as 0.25")
+    _options(run, grid)
     copy.add_argument("folder", help="is made if need be")
     copy.add_argument("--force", action="store_true", help="replace files that are there")
     return top
 
+# %% ../nbs/06_runner.ipynb #3dfca7b4
+def _run_or_sweep(args):  # -> exit code
+    kinds = {k: v[0] for k, v in Lesson(args.name).parameters.items()}
+    def read(name, text):
+        return _read(kinds.get(name, str), text)
+    pairs = [g.partition("=")[::2] for g in getattr(args, "grid", [])]
+    names = [k for k, _ in [*args.set, *pairs]]
+    if twice := [k for k in dict.fromkeys(names) if names.count(k) > 1]:
+        raise ValueError(f"{shown(twice[0])} is set twice")
+    common = {"preset": args.preset, "parameters": {k: read(k, v) for k, v in args.set}}
+    if args.command == "run":
+        out = run_notebook(args.name, output=args.output, experiment=args.experiment, **common)
+        table = _fit(_this_table(args.name, **common))
+        print(f"\n{table}\n\nthe executed notebook: {os.path.relpath(out)}")
+    else:
+        grid = {k: [read(k, v) for v in values.split(",")] for k, values in pairs}
+        report = sweep(args.name, grid, **common, **{k: vars(args)[k] for k in _HOW})
+        return int(any(state.startswith("failed") for state in report.values()))
+    return 0
+
 # %% ../nbs/06_runner.ipynb #61af7fba
 def _command(args):  # -> exit code
     if args.command is None:
-        print(*(line for line in _list("").splitlines() if line >= "1"), "",
-              "read them:   kdnb copy lessons && jupyter lab lessons/START.md",
-              "run one:     kdnb run 10_kd", "all commands: kdnb --help", sep="\n")
+        print(*(line for line in _list("").splitlines() if line >= "1"), *_NEXT, sep="\n")
     elif args.command == "doctor":
-        for what, words in diagnose().items(): print(f"{what:<10} {words}")
+        print(*(f"{what:<10} {words}" for what, words in diagnose().items()), sep="\n")
     elif args.command == "list":
         print(_list(args.name))
     elif args.command == "copy":
@@ -457,22 +481,7 @@ def _command(args):  # -> exit code
     elif args.command == "compare":
         print(_compared(*args.runs))
     else:
-        kinds = {k: v[0] for k, v in Lesson(args.name).parameters.items()}
-        def read(name, text):
-            return _read(kinds.get(name, str), text)
-        pairs = [g.partition("=")[::2] for g in getattr(args, "grid", [])]
-        names = [k for k, _ in [*args.set, *pairs]]
-        if twice := [k for k in dict.fromkeys(names) if names.count(k) > 1]:
-            raise ValueError(f"{shown(twice[0])} is set twice")
-        common = {"preset": args.preset, "parameters": {k: read(k, v) for k, v in args.set}}
-        if args.command == "run":
-            out = run_notebook(args.name, output=args.output, experiment=args.experiment, **common)
-            table = _fit(_this_table(args.name, **common))
-            print(f"\n{table}\n\nthe executed notebook: {os.path.relpath(out)}")
-        else:
-            grid = {k: [read(k, v) for v in values.split(",")] for k, values in pairs}
-            report = sweep(args.name, grid, **common, **{k: vars(args)[k] for k in _HOW})
-            return int(any(state.startswith("failed") for state in report.values()))
+        return _run_or_sweep(args)
     return 0
 
 # %% ../nbs/06_runner.ipynb #bc71690b

@@ -1,4 +1,4 @@
-"Prints what pytest should run for what changed since the last commit: structure, and the tests of each change."
+"Prints what pytest should run for what changed since the last commit: structure, and each change's tests."
 
 import re
 import subprocess
