@@ -228,9 +228,11 @@ class _Trainer(_Recipe):
         self.arms_done, self.line = 0, None
 
     def train(
-        self, label: str, method, images: Images | None = None, epochs: int = 0, **options
+        self, label: str, method, images: Images | None = None, epochs: int = 0, jitter: int = 0, **options
     ) -> nn.Module:
-        "`fit` by the parameters, on `train_set` or `images`; with `steps`, no data. Returns the student."
+        """`fit` by the parameters, on `train_set` or `images`; with `steps`, no data. Returns the student.
+
+        With `jitter`, images are shifted by up to so many pixels instead of what `augment` says."""
         v, batches = self.values, None
         usual = {name: v[name] for name in ("seed", "precision", "compile", "max_steps")}
         usual |= dict(device=self.device, checkpoint=self.keep(label), checkpoint_steps=2000, progress="off")
@@ -238,7 +240,8 @@ class _Trainer(_Recipe):
         if "steps" not in usual:
             usual["epochs"], images = epochs or v["epochs"], self.train_set if images is None else images
             size = min(v["batch_size"], len(images))
-            batches = Batches(images, size, augment=v["augment"], seed=usual["seed"])
+            look = dict(augment="crop", padding=jitter) if jitter else dict(augment=v["augment"])
+            batches = Batches(images, size, seed=usual["seed"], **look)
         where = v.get("tracker", ""), self.notebook, f"{label}, seed {v['seed']}", self.parameters
         with tracking(*where) as trackers:
             trackers = [*trackers, _Told(self, label, _rows(**usual))]

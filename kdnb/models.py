@@ -184,13 +184,13 @@ def _mobilenet_v2(name, in_channels):
 
 
 def _mlp(name, inputs):
-    widths = [inputs, *map(int, name.split("_")[1:])]
-    stages = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in zip(widths, widths[1:], strict=False)]
+    widths, drop = [inputs, *map(int, re.findall(r"\d+", name))], name.endswith("_dropout")
+    stages = [nn.Sequential(nn.Linear(a, b), nn.ReLU(), *[nn.Dropout()] * drop) for a, b in pairwise(widths)]
     return nn.Flatten(), stages, nn.Identity(), widths[-1]
 
 # %% ../nbs/01_models.ipynb #4f443e7c
 def list_models() -> list[str]:
-    "The names the lessons use; any mlp_H1_H2... and wrn_DEPTH_WIDTH (DEPTH = 6n + 4) can be built too."
+    "Names the lessons use; any mlp_H1_H2...[_dropout], wrn_DEPTH_WIDTH (DEPTH = 6n + 4) can be built too."
     wide = "16_1 16_2 16_4 28_2 28_4 28_10 34_10 34_10_trades 40_1 40_2".split()
     return ["mlp_400", "mlp_1200_1200", *_THIN, *(f"wrn_{w}" for w in wide), *_WIDE, "mobilenet_v2"]
 
@@ -201,11 +201,11 @@ def check_model(name: str) -> None:
         if name not in (known := _shelf(name.split(":")[0])):
             raise unknown("model", name, known)
         return
-    fits = isinstance(name, str) and len(name) <= 100
-    wide = fits and re.fullmatch(r"wrn_([1-9]\d*)_[1-9]\d{0,2}(_trades)?", name)
+    text = name if isinstance(name, str) and len(name) <= 100 else ""
+    wide = re.fullmatch(r"wrn_([1-9]\d*)_[1-9]\d{0,2}(_trades)?", text)
     if wide and not (10 <= int(wide[1]) <= 1000 and int(wide[1]) % 6 == 4):
         raise ValueError(f"wrn_DEPTH_WIDTH needs DEPTH = 6n + 4 (10, 16, 22, ..., 1000), got {name!r}")
-    if not (wide or (fits and (name in list_models() or re.fullmatch(r"mlp(_[1-9]\d{0,5})+", name)))):
+    if not (wide or text in list_models() or re.fullmatch(r"mlp(_[1-9]\d{0,5})+(_dropout)?", text)):
         raise unknown("model", name, list_models(), "see list_models()")
 
 # %% ../nbs/01_models.ipynb #0bc2315a

@@ -192,6 +192,14 @@ def test_a_group_and_what_an_arm_needs():
     assert run.network("two") is run.networks["second"]
 
 
+def test_jitter_shifts_images_of_one_training_alone(monkeypatch):
+    run, seen = experiment(), []
+    monkeypatch.setattr(room, "fit", lambda method, batches, **_: seen.append(batches))
+    for jitter in (0, 2):
+        run.train("KD", Supervised(run.new("student")), jitter=jitter)
+    assert [(b.augment, b.padding) for b in seen] == [("none", 0), ("crop", 2)]
+
+
 def test_rows_and_columns():
     run = experiment()
     run.note("KD", {"accuracy": 0.5, "pgd20-linf-0.1": 0.2})

@@ -139,6 +139,13 @@ def test_mlp_is_relu_layers():
     assert num_params(model, weights_only=True) == 64 * 30 + 30 * 20 + 20 * 4
 
 
+def test_dropout_has_no_weights_and_acts_in_training_only():
+    plain, dropping = (create_model(f"mlp_30_20{end}", 4, 1, 8, seed=0) for end in ("", "_dropout"))
+    x = torch.rand(5, 1, 8, 8)
+    dropping.load_state_dict(plain.state_dict())
+    assert not dropping(x).equal(plain(x)) and dropping.eval()(x).equal(plain(x))
+
+
 def test_unused_block_of_trades_changes_nothing_but_the_count():
     with torch.device("meta"):
         plain, trades = create_model("wrn_34_10"), create_model("wrn_34_10_trades")
