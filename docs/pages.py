@@ -4,6 +4,7 @@
 """
 
 import ast
+import base64
 import json
 import re
 import sys
@@ -93,15 +94,29 @@ def front_page():
     return re.sub(r"(?<=<!-- verdicts -->\n)(\|.*\n)*", lambda _: front_table(), text)
 
 
-PAGES = {"docs/names.md": names_page, "nbs/results/README.md": results_page, "README.md": front_page}
+PLANE = '"training points"'      # in the cell that draws it
+
+
+def plane_picture():
+    "The picture of README: drawn by 20_bss, its one figure of section 6 with three panels of the plane."
+    for cell in notebook("20_bss")["cells"]:
+        for out in cell.get("outputs", []) if PLANE in "".join(cell["source"]) else []:
+            if "image/png" in out.get("data", {}):
+                return base64.b64decode("".join(out["data"]["image/png"]))
+    raise SystemExit(f"no cell of 20_bss draws {PLANE}")
+
+
+PAGES = {"docs/plane.png": plane_picture, "docs/names.md": names_page,
+         "nbs/results/README.md": results_page, "README.md": front_page}
 
 if __name__ == "__main__":
     old = []
     for file, page in PAGES.items():
-        path, text = ROOT / file, page()
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path, whole = ROOT / file, page()
+        whole = whole.encode() if isinstance(whole, str) else whole
+        if not path.exists() or path.read_bytes() != whole:
             old.append(file)
             if "--check" not in sys.argv[1:]:
-                path.write_text(text, encoding="utf-8")
+                path.write_bytes(whole)
     if old and "--check" in sys.argv[1:]:
         sys.exit(f"out of date: {', '.join(old)}; python docs/pages.py writes them")
