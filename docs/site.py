@@ -93,7 +93,7 @@ def picture_of(name, section, folder):
 
 def learn_page(folder):
     lines = ["# Learn", "", "Each lesson explains one paper, implements it, tests it, runs its experiment,",
-             "in under two minutes on a laptop. In this order each stands on what came before.", ""]
+             "in a few minutes at most on a laptop. In this order each stands on what came before.", ""]
     for name in LESSONS:
         head, words = title(name)
         lines += [f"## [{head}](lessons/{name}.ipynb)", "", words, "", picture_of(name, 2, folder)]
