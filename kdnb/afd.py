@@ -46,13 +46,13 @@ def discriminator_loss(
 def feature_loss(
     fake: Tensor,   # (B,) in [0, 1]: a discriminator's values for the own maps; gradient flows
 ) -> Tensor:        # scalar in [0, 1]
-    "(1 - D(own))^2: pass for the peer (Chung et al. 2020, L_G)."
+    "(1 - D(own))^2: the own maps shall be taken for the peer's (Chung et al. 2020, L_G)."
     check_alike("must be (B,)", 1, fake=fake)
     return (1 - full(fake)).square().mean()
 
 # %% ../nbs/23_afd.ipynb #c87afa91
 class Discriminator(nn.Module):
-    "Whose map is it? Strided convolutions to one value an image (after Chung et al. 2020; layers are ours)."
+    "1 for a peer's map, 0 for the own: strided convolutions (after Chung et al. 2020; layers are ours)."
     # sources: 1, or how many networks one discriminator tells apart
     # its batch norm takes the statistics of the batch, always, and keeps none: small maps need two images
     def __init__(self, channels: int, sources: int = 1):
@@ -249,7 +249,7 @@ def _judge(kind, critics, links, maps):  # their losses, and where they are righ
 def _told(scores, k): return -scores.log_softmax(1)[:, k].mean()   # cross-entropy with source k
 
 # %% ../nbs/23_afd.ipynb #627cab73
-def _fool(kind, critics, links, maps):  # what k pays until it passes for its peer j, a constant; by link
+def _fool(kind, critics, links, maps):  # losses by link: k learns to be taken for its peer j, a constant
     if kind == "each":
         return {(k, j): feature_loss(d(maps[k])) for d, (k, j) in zip(critics, links, strict=True)}
     if kind == "one":
