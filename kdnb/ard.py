@@ -72,11 +72,11 @@ class ARD:
     ):
         _check_weights(temperature, alpha)
         _check_choices(inner, teacher_sees, clean_target, reduction)
-        self.variant, chosen = variant, _variant(variant)
-        self.reduction, self.fold = reduction or chosen["reduction"], fold
+        chosen = _variant(variant)
+        self.variant, self.reduction, self.fold = variant, reduction or chosen["reduction"], fold
         if inner == "teacher": attack = partial(attack, objective="kl")
-        mode, self.attack_name = attack_mode or chosen["attack_mode"], attack_name(attack)
-        self.attack = ready_attack(attack, mode, fold)
+        self.attack_name = attack_name(attack)
+        self.attack = ready_attack(attack, attack_mode or chosen["attack_mode"], fold)
         self.inner, self.teacher_sees, self.clean_target = inner, teacher_sees, clean_target
         self.temperature, self.alpha = temperature, alpha
         self.student = train_mode(student)
@@ -94,7 +94,8 @@ def _ard_step_loss(method, x, y):
     teacher_logits = frozen_logits(method.teacher, x)
     x_adv = attacked(method, x, teacher_logits if method.inner == "teacher" else y)
     target = frozen_logits(method.teacher, x_adv) if method.teacher_sees == "adversarial" else teacher_logits
-    adv_logits, chosen = logits_of(method.student(x_adv), len(x)), _variant(method.variant)
+    adv_logits = logits_of(method.student(x_adv), len(x))
+    chosen = _variant(method.variant)
     wanted = method.alpha < 1 or chosen["always_clean"]
     clean_logits = logits_of(method.student(x), len(x)) if wanted else None
     if method.clean_target == "labels":
