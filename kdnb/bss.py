@@ -36,14 +36,14 @@ class Samples(NamedTuple):
 def bss_attack(
     model: nn.Module,            # (B, C, H, W) -> (B, K) raw scores; run in eval mode, left as found
     x: Tensor,                   # (B, C, H, W) float in [low, high]
-    base: Tensor,                # (B,) int64: the class of x; where the model predicts another, it fails
+    base: Tensor,                # (B,) int64: the class of x; no success where the model predicts another
     target: Tensor,              # (B,) int64: the class to reach, never the base
     *,
     rule: str = "paper",         # a step is eta (L + eps) long; "boundary": eta (L + eps) / |gradient of L|
     eta: float | None = None,    # > 0; None: 0.3 ("paper") or 1.02 ("boundary")
     eps: float = 1e-4,           # >= 0
-    steps: int = 10,             # >= 1; what is still in the base class then has failed
-    unit: Tensor | float | None = None,   # () or (1, C, 1, 1): a length of 1 in pixels; None: `Normalize.std`
+    steps: int = 10,             # >= 1; an attack still in the base class after so many has failed
+    unit: Tensor | float | None = None,   # () or (1, C, 1, 1): unit of length; None: `Normalize.std`
     low: Tensor | float = 0.0,   # () or (1, C, 1, 1): pixels are clipped to [low, high] after every step
     high: Tensor | float = 1.0,  # () or (1, C, 1, 1)
 ) -> Samples:
@@ -59,14 +59,14 @@ def bss_attack(
         for k in range(steps):
             if not len(moving): break
             moved = _move(x_adv[moving], slope, eta * (height + eps), rule, unit, low, high)
-            eager = left < 0.5 and k + 1 < steps     # most go on: the next gradient in the same pass
-            if eager: height, slope, answer = _height(model, moved, base[moving], target[moving])
-            else: answer = full(model(moved))
-            x_adv[moving], logits[moving] = moved, answer
+            eager = left < 0.5 and k + 1 < steps     # if most stay: the next gradient in the same pass
+            if eager: height, slope, scores = _height(model, moved, base[moving], target[moving])
+            else: scores = full(model(moved))
+            x_adv[moving], logits[moving] = moved, scores
             iterations[moving] += 1
-            walks = answer.argmax(1) == base[moving]
-            moving, left = moving[walks], 1 - walks.sum().item() / len(walks)
-            if eager: height, slope = height[walks], slope[walks]
+            stays = scores.argmax(1) == base[moving]
+            moving, left = moving[stays], 1 - stays.sum().item() / len(stays)
+            if eager: height, slope = height[stays], slope[stays]
             elif len(moving): height, slope, _ = _height(model, x_adv[moving], base[moving], target[moving])
     return Samples(x_adv, (logits.argmax(1) == target) & (iterations > 0), iterations, logits)
 
@@ -76,7 +76,7 @@ def _height(model, x, base, target, checked=True):
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         logits = full(logits_of(model(x), len(x)))
-        if not checked: _check_walk(x, base, target, logits.shape[1])
+        if not checked: _check_values(x, base, target, logits.shape[1])
         height = _gap(logits, base, target)
         (slope,) = torch.autograd.grad(height.sum(), x)
     return height.detach(), slope, logits.detach()
@@ -86,7 +86,7 @@ def _gap(logits, base, target):  # L, (B,)
 
 # %% ../nbs/20_bss.ipynb #16d69699
 def _move(x, slope, size, rule, unit, low, high):
-    "`size` along the gradient, or size / |gradient|, where a length of 1 is `unit`; no gradient, no step."
+    "One step of length `size`, or size / |gradient|, in units of `unit`; none where the gradient is zero."
     slope = slope * unit
     length = slope.flatten(1).norm(dim=1).clamp_min(1e-12)
     size = (size / length**(2 if rule == "boundary" else 1)).view(-1, *[1] * (x.ndim - 1))
@@ -96,7 +96,7 @@ def _as_fine(model, x):  # a model in float64 is attacked in float64
     return x.to(torch.promote_types(x.dtype, next((p.dtype for p in model.parameters()), x.dtype)))
 
 # %% ../nbs/20_bss.ipynb #927995f3
-def _check_plan(x, base, target, rule, eta, eps, steps, unit, low, high):  # eta; reads no tensor
+def _check_plan(x, base, target, rule, eta, eps, steps, unit, low, high):  # returns eta; reads no tensor
     usual = {"paper": 0.3, "boundary": 1.02}
     check_choice(usual, rule=rule)
     eta = usual[rule] if eta is None else eta
@@ -109,7 +109,7 @@ def _check_plan(x, base, target, rule, eta, eps, steps, unit, low, high):  # eta
         raise ValueError(f"low must be <= high, got {low} and {high}")
     return eta
 
-def _check_walk(x, base, target, K):  # reads the device once, before the first step
+def _check_values(x, base, target, K):  # reads the device once, before the first step
     check_numbers("whole >= 2", K=K)
     wrong = (base == target) | (base < 0) | (base >= K) | (target < 0) | (target >= K)
     if not bool(wrong.any() | ~x.isfinite().all()): return
@@ -125,7 +125,7 @@ def select_base(
     teacher_logits: Tensor,   # (B, K) raw scores
     y: Tensor,                # (B,) int64 labels
     limit: int = 64,          # >= 1; at most so many
-    how: str = "gap",         # where student and teacher differ most; "random": any that both have right
+    how: str = "gap",         # where student and teacher differ most; "random": drawn at random
 ) -> Tensor:                  # (M,) int64 rows, M <= limit; may be empty
     "Images to attack: both networks classify them correctly (Heo et al. 2019)."
     check_choice(_BASES, how=how)
@@ -161,9 +161,9 @@ def sample_target(
 # %% ../nbs/20_bss.ipynb #2bf097d3
 def bss_loss(
     student_logits: Tensor,     # (B, K) raw scores; gradient flows here
-    teacher_logits: Tensor,     # (B, K) raw scores on the same images; no hidden detach
+    teacher_logits: Tensor,     # (B, K) raw scores on the same images; not detached
     temperature: float = 3.0,   # > 0, on both sides; no tau^2
-    form: str = "ce",           # cross-entropy with the teacher's output (paper); "kl": minus its entropy
+    form: str = "ce",           # cross-entropy with the teacher's output (paper); "kl": less its entropy
 ) -> Tensor:                    # scalar, nats, mean over the batch; 0 if it is empty
     "Cross-entropy of softened outputs, on clean images and on samples alike (Heo et al. 2019)."
     check_numbers("> 0", temperature=temperature)
@@ -172,16 +172,16 @@ def bss_loss(
     student_logits, teacher_logits = full(student_logits), full(teacher_logits)
     if not len(student_logits): return student_logits.sum() * 0
     if form == "kl": return kd_loss(student_logits, teacher_logits, temperature) / temperature**2
-    answers, student_logits = (teacher_logits / temperature).softmax(1), student_logits / temperature
-    masked = (answers == 0) & (student_logits == -math.inf)     # a class that neither counts: 0, not NaN
-    return F.cross_entropy(student_logits.masked_fill(masked, torch.finfo(answers.dtype).min), answers)
+    targets, student_logits = (teacher_logits / temperature).softmax(1), student_logits / temperature
+    masked = (targets == 0) & (student_logits == -math.inf)     # probability 0 on both sides adds 0, not NaN
+    return F.cross_entropy(student_logits.masked_fill(masked, torch.finfo(targets.dtype).min), targets)
 
 # %% ../nbs/20_bss.ipynb #8c3abe82
 def bss_weights(
     epoch: int,     # counted from 1
     epochs: int,    # of the whole training
 ) -> tuple:         # (alpha, beta): weights of the clean and of the boundary term
-    "Both terms fade: alpha from 4 to 1 over the training, beta from 2 to 0 over three quarters of it."
+    "Both weights fall: alpha from 4 to 1 over the training, beta from 2 to 0 over three quarters of it."
     check_numbers("whole >= 1", epochs=epochs)
     check_numbers(f"whole in [1, {epochs}]", epoch=epoch)
     return 3 * (1 - epoch / epochs) + 1, 2 * max(1 - 4 / 3 * epoch / epochs, 0.0)
@@ -196,8 +196,8 @@ class _Imitation:
         teacher_logits = frozen_logits(self.teacher, x)
         logits = full(logits_of(self.student(x), len(x)))
         hard, soft = F.cross_entropy(logits, y), loss_of(logits, teacher_logits)
-        near, answers, landed = self._samples(x, y, logits, teacher_logits)
-        boundary = loss_of(self.student(near), answers) if len(near) > 1 else 0 * hard
+        near, near_logits, landed = self._samples(x, y, logits, teacher_logits)
+        boundary = loss_of(self.student(near), near_logits) if len(near) > 1 else 0 * hard
         alpha, beta = self.weights
         loss = hard + alpha * soft + beta * boundary
         update(self.optimizer, loss, self.clip)
@@ -214,9 +214,9 @@ class _Imitation:
         kept = samples.success if self.variant == "paper" else slice(None)
         return samples.x[kept], samples.logits[kept], samples.success.float().mean()
 
-def _official(attack, model, *walk):  # pixels are clipped as the official code does, not to [0, 1]
+def _official(attack, model, *args):  # pixels are clipped as the official code does, not to [0, 1]
     mean, std = Normalize.of(model)
-    return attack(model, *walk, low=mean - 2.5 * std, high=mean + 2.5 * std)
+    return attack(model, *args, low=mean - 2.5 * std, high=mean + 2.5 * std)
 
 # %% ../nbs/20_bss.ipynb #88ebfd27
 class BSS(_Imitation):
@@ -230,7 +230,7 @@ class BSS(_Imitation):
         epochs: int,                     # of the training, for `bss_weights`
         variant: str = "paper",          # drops failed samples; "official": keeps all, clips at 2.5 std
         attack: Callable | None = bss_attack,   # (teacher, x, base, target) -> Samples; None: no samples
-        attack_size: int = 64,           # >= 1; samples a batch, at most; of the whole run, as a batch is
+        attack_size: int = 64,           # >= 1; samples a batch, at most, over all processes
         base: str = "gap", target: str = "sampled",      # see `select_base`, `sample_target`
         temperature: float = 3.0, form: str = "ce",      # see `bss_loss`
         fold: bool = True,               # use a copy of the teacher with BatchNorm folded in
@@ -312,7 +312,7 @@ def boundary_similarity(
     "How similar two networks' boundaries are, in distance and in direction (Heo et al. 2019)."
     check_alike("must be of the same (N, K)", first=first.success, second=second.success)
     both = first.success & second.success
-    if not bool(both.any()): raise ValueError("no image has a way to the same boundary in both networks")
+    if not bool(both.any()): raise ValueError("no attack succeeded on both networks")
     pair = first.shift[both], second.shift[both]
     ways = both.sum().item() / (both.shape[0] * (both.shape[1] - 1))
     return {"mag_sim": mag_sim(*pair).mean().item(), "ang_sim": ang_sim(*pair).mean().item(), "ways": ways}

@@ -1,4 +1,4 @@
-"`kdnb.bss`: walks in closed form, who is chosen, what each term weighs, boundaries compared, bad input."
+"`kdnb.bss`: the attack in closed form, who is chosen, what each term weighs, boundaries compared, bad input."
 
 import copy
 import math
@@ -71,13 +71,13 @@ def digits():
 
 @pytest.fixture(scope="module")
 def teacher(digits):
-    "A small network that reads digits, with batch norm."
+    "A small network that classifies digits, with batch norm."
     net = digit_net(seed=9)
     fit(Supervised(net, lr=0.1), Batches(digits.train, 64, seed=0), epochs=4, progress="off")
     return net.eval()
 
 
-# ---------------------------------------------------------------- the walk
+# ---------------------------------------------------------------- the attack
 
 
 @pytest.mark.parametrize(("eta", "eps"), [(0.1, 1e-4), (0.3, 1e-4), (0.05, 0.5)])
@@ -557,11 +557,11 @@ def test_bfloat16(digits, teacher):
 def test_samples_move_the_students_boundary(digits, teacher):
     "Few images: with samples the student's boundaries are more like the teacher's in direction."
     few, x, y = digits.train.subset(torch.arange(100)), digits.val.floats(slice(0, 60)), digits.val.y[:60]
-    borders, alike = find_boundary(teacher, x, y), {}
+    of_teacher, alike = find_boundary(teacher, x, y), {}
     for attack in (None, bss_attack):
         method = BSS(digit_net(seed=1), teacher, epochs=25, attack=attack, attack_size=16, lr=0.05)
         fit(method, Batches(few, 50, seed=0), epochs=25, seed=0, progress="off")
-        alike[attack] = boundary_similarity(find_boundary(method.student.eval(), x, y), borders)
+        alike[attack] = boundary_similarity(find_boundary(method.student.eval(), x, y), of_teacher)
     assert alike[bss_attack]["ang_sim"] > alike[None]["ang_sim"] + 0.02
 
 
@@ -597,7 +597,7 @@ def test_similarity_of_nothing_is_no_nan():
 
 
 def test_boundaries_of_linear_models():
-    "The shortest way to a plane: its length and its direction are known."
+    "The shortest path to a plane: its length and its direction are known."
     net = linear(classes=3)
     x, base, _ = start(net, points())
     found = find_boundary(net, x, base, eta=1.0, eps=1e-9, batch_size=7, **FREE)
@@ -630,7 +630,7 @@ def test_a_network_is_like_itself_and_doubling_weights_changes_nothing(digits, t
     assert boundary_similarity(find_boundary(net, x, net(x).argmax(1)), theirs)["ang_sim"] < 0.3
 
 
-def test_only_ways_of_both_count():
+def test_only_attacks_that_succeed_on_both_count():
     shift = torch.zeros(2, 3, 4)
     shift[0, 1], shift[1, 2] = torch.tensor([1.0, 0, 0, 0]), torch.tensor([0, 2.0, 0, 0])
     a = Boundary(shift, torch.tensor([[False, True, False], [False, False, True]]))
@@ -696,7 +696,7 @@ Z = torch.zeros(2, 3)
         (lambda: find_boundary(NET, X[:0], B[:0]), "number_of_images must be a whole number >= 1, got 0"),
         (
             lambda: boundary_similarity(Boundary(Z, Z > 0), Boundary(Z, Z > 0)),
-            "no image has a way to the same boundary in both networks",
+            "no attack succeeded on both networks",
         ),
         (
             lambda: boundary_similarity(Boundary(Z, Z > 0), Boundary(Z, torch.zeros(2, 4) > 0)),
@@ -812,7 +812,7 @@ def test_a_model_that_gives_more_than_logits_is_refused(digits, teacher):
             call()
 
 
-def test_a_walk_reads_the_device_once_before_its_steps(monkeypatch):
+def test_an_attack_reads_the_device_once_before_its_steps(monkeypatch):
     "What is in order costs one look at the labels, not one a rule."
     looks, real = [], torch.Tensor.__bool__
     monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: looks.append(self) or real(self))
