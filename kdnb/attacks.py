@@ -38,9 +38,9 @@ _MODES = "eval", "train", "found"
 @contextmanager
 def frozen(
     model: nn.Module,
-    mode: str = "eval",  # "train": batch statistics, buffers put back; "found": modes, buffers untouched
+    mode: str = "eval",  # "train": batch statistics, buffers restored; "found": changes no mode
 ):
-    "Inside, parameters take no gradient; afterwards flags, buffers and `requires_grad` are as before."
+    "Inside, parameters take no gradient; afterwards modes, buffers and `requires_grad` are as before."
     check_choice(_MODES, mode=mode)
     modes = [(m, m.training) for m in model.modules()]
     wanted = [(p, p.requires_grad) for p in model.parameters()]
@@ -72,9 +72,9 @@ def _unit(v):  # to length 1, however short it was; zero stays zero
 def check_ball(
     eps: float,           # radius
     norm: str = "linf",   # or "l2"
-    widest: float = math.inf,  # the largest radius in linf: 1 for images, since farther away there is none
+    widest: float = math.inf,  # largest radius allowed in linf; 1 for images in [0, 1]
 ) -> None:
-    "Raise unless this is a ball: its radius a finite number >= 0, its norm known."
+    "Raise ValueError unless `eps` is a finite number in [0, `widest`] and the norm is known."
     check_choice(("linf", "l2"), norm=norm)
     check_numbers(">= 0", eps=eps)
     if norm == "linf" and eps > widest:
@@ -87,7 +87,7 @@ def project(
     eps: float,            # >= 0
     norm: str = "linf",    # or "l2"
 ) -> Tensor:               # (B, C, H, W)
-    "Into the ball of radius eps around x, then into [0, 1]."
+    "Project into the ball of radius eps around x, then clip to [0, 1]."
     check_ball(eps, norm)
     if norm == "linf": return torch.minimum(torch.maximum(x_adv, x - eps), x + eps).clamp_(0, 1)
     shift = x_adv - x
@@ -104,14 +104,14 @@ _OBJECTIVES = {"ce": partial(F.cross_entropy, reduction="none"), "margin": _marg
 
 # %% ../nbs/02_attacks.ipynb #f39079f0
 class _Goal:
-    "What an attack raises, for each image, and when it has won."
+    "The objective of an attack, for each image, and whether the attack has succeeded."
 
     def __init__(self, objective, y, targeted):
         self.loss = _OBJECTIVES[objective] if isinstance(objective, str) else objective
         self.aim, self.labels = y, y.argmax(1) if y.is_floating_point() else y
         self.sign, self.checked = -1 if targeted else 1, False
 
-    def __getitem__(self, index):  # the same for some of the images
+    def __getitem__(self, index):  # the goal for some of the images
         part = copy.copy(self)
         part.aim, part.labels = self.aim[index], self.labels[index]
         return part
@@ -126,7 +126,7 @@ class _Goal:
     def reached(self, logits):  # (B,) bool
         return (logits.argmax(1) == self.labels) == (self.sign < 0)
 
-    def rank(self, logits):  # (B,): those that fool above all others
+    def rank(self, logits):  # (B,): infinite for images that are misclassified as wanted
         return self.value(logits).masked_fill(self.reached(logits), torch.inf)
 
 # %% ../nbs/02_attacks.ipynb #696a42a4
@@ -166,7 +166,7 @@ def _check_plan(model, x, y, objective, start, targeted, early_stop, mode):
     else: check_choice(("random", "zero", "gaussian"), start=start)
     if y.is_floating_point() and objective in ("ce", "margin"):
         raise ValueError(f"objective {objective!r} needs labels (B,); reference logits (B, K) are for 'kl'")
-    if objective == "kl" and not y.is_floating_point():  # the reference is the model's own answer to x
+    if objective == "kl" and not y.is_floating_point():  # the reference is the model's own output at x
         if targeted: raise ValueError("objective 'kl' to the model's own answer has no target")
         if isinstance(start, str) and start == "zero":
             raise ValueError("objective 'kl' is flat at x itself; start at 'gaussian' or 'random'")
@@ -192,7 +192,7 @@ def _check_logits(logits, goal):
 
 # %% ../nbs/02_attacks.ipynb #1a95e089
 def _look(model, goal, x_adv):
-    "Logits (B, K), what is raised (B,), and its gradient, shaped as x_adv. Nothing else gets a gradient."
+    "Logits (B, K), objective (B,), and its gradient, shaped as x_adv. Nothing else gets a gradient."
     with torch.enable_grad():
         x_adv = x_adv.detach().requires_grad_()
         logits = _logits(model, goal, x_adv)
@@ -210,10 +210,10 @@ def _logits(model, goal, x_adv):
     return logits
 
 def ask(
-    model: nn.Module,   # any
+    model: nn.Module,   # (B, C, H, W) -> (B, K)
     x: Tensor,          # (B, C, H, W)
 ) -> Tensor:            # (B, K), at least float32
-    "A model's logits, or one sentence where it gives something else or wants another kind of float."
+    "A model's logits; a one-line error if it returns something else or does not take the dtype of x."
     try: return full(logits_of(model(x), len(x)))
     except RuntimeError as error:
         kinds = {p.dtype for p in model.parameters() if p.is_floating_point()} - {x.dtype}
@@ -223,7 +223,7 @@ def ask(
 
 # %% ../nbs/02_attacks.ipynb #0e029e2e
 def _begin(start, x, eps, norm, generator):
-    "Where to start, (B, C, H, W); the numbers drawn do not depend on the memory layout of x."
+    "The starting point, (B, C, H, W); the numbers drawn do not depend on the memory layout of x."
     if isinstance(start, Tensor): return project(start.detach().to(x), x, eps, norm)
     if start == "zero": return x.clone()
     device = generator.device if generator else x.device
@@ -246,10 +246,10 @@ def pgd(
     steps: int = 10,                 # >= 1
     norm: str = "linf",              # "linf": steps along the sign; "l2": along the gradient
     start: str | Tensor = "random",  # in the ball; "zero": x; "gaussian": x + .001 N(0, 1); or (B, C, H, W)
-    restarts: int = 1,               # >= 1; keeps for each image an end that fools, else the largest value
+    restarts: int = 1,               # >= 1; keeps an x_adv that fools the model, else the largest objective
     objective: str | Callable = "ce",  # raised: "ce", "margin", "kl" or (logits, y) -> (B,)
     targeted: bool = False,          # lower the objective instead
-    early_stop: bool = False,        # drop images once they fool; waits for the device at each step
+    early_stop: bool = False,        # drop images once they fool the model; syncs with the device each step
     mode: str = "eval",              # of the model while it is attacked; see `frozen`
     generator: torch.Generator | None = None,  # of the random starts; None: the global one
 ) -> Tensor:                         # (B, C, H, W) in the ball and in [0, 1]; no gradient
@@ -279,7 +279,7 @@ def _stepper(eps, step_size, norm):
 
 # %% ../nbs/02_attacks.ipynb #79a5c5e5
 def _climb(model, goal, x, x_adv, step, steps, early_stop):
-    "`steps` steps uphill from x_adv; with `early_stop` an image rests where it first fools."
+    "`steps` steps uphill from x_adv; with `early_stop` an image stays where it first fools the model."
     found, index = x_adv, torch.arange(len(x), device=x.device)  # of the images that still move
     for _ in range(steps):
         logits, _, gradient = _look(model, goal, x_adv)
@@ -294,7 +294,7 @@ def _climb(model, goal, x, x_adv, step, steps, early_stop):
 
 # %% ../nbs/02_attacks.ipynb #23adafca
 def _again(model, goal, x, best, begin, climb, times, early_stop):
-    "More starts; the best of each image is kept. With `early_stop` only those that do not fool yet go on."
+    "Restarts; each image keeps its best result. With `early_stop` only images that still resist go on."
     rank = goal.rank(_logits(model, goal, best))
     for _ in range(times):
         index, x_adv = torch.arange(len(x), device=x.device), begin()
@@ -346,7 +346,7 @@ def bim(
 def _won(goal, logits, kappa): return goal.reached(logits) & (goal.value(logits) >= kappa)
 
 def _descend(model, goal, x, constant, rate, kappa, steps, best, length):
-    "Adam on |x_adv - x|^2 + constant * relu(kappa - value): the shortest ways so far, and who got there."
+    "Adam on |x_adv - x|^2 + constant * relu(kappa - value): best x_adv, its length, and which images won."
     x_adv, mean, square, there = x, 0.0, 0.0, torch.zeros_like(goal.labels, dtype=torch.bool)
     for t in range(1, steps + 1):
         logits, value, gradient = _look(model, goal, x_adv)
@@ -362,7 +362,7 @@ def _descend(model, goal, x, constant, rate, kappa, steps, best, length):
 
 # %% ../nbs/02_attacks.ipynb #cc2a99f2
 def _shortest(model, goal, x, kappa, steps, searches):
-    "C&W's search for the constant, begun at the value that is right for a linear model."
+    "C&W's search for the constant, starting from the right value for a linear model."
     _, value, gradient = _look(model, goal, x)
     value = value.to(x.dtype)
     slope, best, length = _length(gradient), x, torch.full_like(value, torch.inf)
@@ -377,7 +377,7 @@ def _shortest(model, goal, x, kappa, steps, searches):
 
 # %% ../nbs/02_attacks.ipynb #2467962f
 def _walk_back(model, goal, x, x_adv, kappa):
-    "To the nearest point between x and x_adv that still wins, by halving."
+    "The point nearest to x on the segment to x_adv that still wins, by bisection."
     near, far = torch.zeros_like(goal.labels, dtype=x.dtype), torch.ones_like(goal.labels, dtype=x.dtype)
     for _ in range(10):
         middle = (near + far) / 2
@@ -396,11 +396,11 @@ def cw(
     x: Tensor,                  # (B, C, H, W) float32 in [0, 1]
     y: Tensor,                  # (B,) int64; targeted: the wanted classes
     *,
-    norm: str = "l2",           # "l2": the shortest perturbation that misleads; "linf": `pgd` on the margin
-    eps: float | None = None,   # linf: radius, None: 8/255; l2: where more is needed x stays, None: no limit
+    norm: str = "l2",           # "l2": the shortest perturbation that succeeds; "linf": `pgd` on the margin
+    eps: float | None = None,   # linf: radius, None: 8/255; l2: x stays where more is needed, None: no limit
     steps: int | None = None,   # >= 1; None: 100 for each constant (l2), 30 (linf)
-    kappa: float | None = None,  # >= 0, the margin to reach; None: 0 (l2), no end (linf)
-    searches: int = 4,          # >= 1; constants that l2 tries
+    kappa: float | None = None,  # >= 0, the margin to reach; None: 0 (l2), no limit (linf)
+    searches: int = 4,          # >= 1; how many constants l2 tries
     targeted: bool = False,
     mode: str = "eval",
     **switches,                 # linf: step_size, start, restarts, early_stop, generator, as in `pgd`
@@ -428,7 +428,7 @@ def cw(
 def attack_name(
     attack: Callable,  # attack(model, x, y) -> x_adv, such as partial(pgd, eps=8/255, steps=20)
 ) -> str:
-    "What the numbers under this attack are called: pgd20-linf-8/255; other callables go by their own name."
+    "The name of an attack in tables of results, such as pgd20-linf-8/255; other callables keep their own."
     given = {}
     while isinstance(attack, partial): given, attack = attack.keywords | given, attack.func
     if attack not in (fgsm, bim, pgd, cw): return getattr(attack, "__name__", type(attack).__name__)

@@ -52,7 +52,7 @@ def _pairs(images, index, batch_size, device):  # -> positions (B,), x (B, C, H,
 # %% ../nbs/04_evaluation.ipynb #da63700e
 @contextmanager
 def _seeded(seed=None):
-    "Global random numbers from `seed` inside (None: as they come); afterwards they are as before."
+    "Inside, global random numbers start from `seed` (None: from their state); afterwards they are as before."
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     with torch.random.fork_rng(list(gpus)):
         if seed is not None: torch.manual_seed(seed)
@@ -75,7 +75,7 @@ def _check_logits(**logits):
 
 # %% ../nbs/04_evaluation.ipynb #7d369524
 def _predict(model, images, batch_size):
-    "Clean logits (N, K), checked: the first thing that every evaluation does."
+    "Clean logits (N, K), checked; every evaluation begins with them."
     everything, device = torch.arange(len(images)), _device(model, images)
     pairs = _pairs(images, everything, batch_size, device)
     logits = torch.cat([_logits(model, x).cpu() for _, x, _ in pairs])
@@ -117,7 +117,7 @@ def _resists(attack, model, target, x, y, low=False):
     return _logits(model, x_adv).argmax(1) == y
 
 def _resists_both(attack, model, target, x, y, classes):
-    "The same after two attacks: one in bfloat16; then, for what it left, one in float32 from the same start."
+    "As `_resists`, after two attacks: in bfloat16, then, on what it left, in float32 from the same start."
     with _seeded(): left = _resists(attack, model, target, x, y, low=True)
     told = 20.0 * F.one_hot((y + 1) % classes, classes)
     return left & _resists(attack, model, _Part(target, left, told), x, y)
@@ -129,9 +129,9 @@ def still_right(
     attack: Callable,       # attack(model, x, y) -> x_adv, such as partial(pgd, eps=8/255, steps=20)
     *,
     batch_size: int = 500,
-    seed: int = 0,          # of the attack's random numbers; the global ones are put back
+    seed: int = 0,          # of the attack's random numbers; the global ones are restored
     fast: bool = True,      # attack a folded copy, then check each x_adv on the model itself
-    precision: str = "fp32",  # "bf16": search in bfloat16; what is left is attacked again in float32
+    precision: str = "fp32",  # "bf16": search in bfloat16; survivors are attacked again in float32
 ) -> Tensor:                # (N,) bool, on the CPU
     "Which images the model classifies correctly as they are and after the attack."
     _check_inputs(model, images, batch_size, seed)
@@ -158,8 +158,8 @@ def robust_accuracy(
     seed: int = 0,
     fast: bool = True,      # False: attack the model as it is
     precision: str = "fp32",  # "bf16": see `still_right`
-) -> float:                 # in [0, 1]; an upper bound on what a better attack would leave
-    "Share of images that this attack does not break; always report it under the attack's name."
+) -> float:                 # in [0, 1]; a better attack can only lower it
+    "Share of images that this attack does not break; report it with the attack's name."
     options = dict(batch_size=batch_size, seed=seed, fast=fast, precision=precision)
     return still_right(model, images, attack, **options).double().mean().item()
 
@@ -172,7 +172,7 @@ _TIERS = {  # attacks in their order; how many wrong classes the targeted ones (
 
 @dataclass(frozen=True)
 class Verdict:
-    "What AutoAttack found."
+    "The result of AutoAttack: which attack broke which image."
 
     name: str                    # "autoattack-linf-8/255"
     stages: tuple[str, ...]      # "clean", then the attacks in the order in which they ran
@@ -255,7 +255,7 @@ def _sha256(tensors):
     return digest.hexdigest()[:16]
 
 class _State:
-    "How far an evaluation has come; in a file, if there is a path."
+    "The progress of an evaluation; kept in a file, if there is a path."
     def __init__(self, path, identity, broken_by):
         self.path, self.identity = Path(path) if path else None, identity
         self.stage, self.batches = 0, 0
@@ -308,11 +308,11 @@ def autoattack(
     norm: str = "linf",      # "linf" or "l2"
     tier: str = "standard",  # "lite": APGD-CE, and APGD-T towards the 3 likeliest wrong classes only
     batch_size: int = 250,
-    seed: int = 0,           # of every attack; the global random numbers are put back
+    seed: int = 0,           # of every attack; the global random numbers are restored
     fast: bool = True,       # attack a folded copy, drop broken images, check each x_adv on the model itself
     checkpoint: str | Path | None = None,  # file to resume from; written after every batch
 ) -> Verdict:                # .accuracy, .clean, .survivors, .broken_by
-    "AutoAttack (Croce and Hein 2020): each attack gets what the ones before it left unbroken."
+    "AutoAttack (Croce and Hein 2020): each attack gets the images that those before it did not break."
     check_ball(eps, norm, widest=1)
     _check_tier(tier)
     _check_inputs(model, images, batch_size, seed)
@@ -359,7 +359,7 @@ def _random_search(model, x, y, eps, norm, queries):
 
 # %% ../nbs/04_evaluation.ipynb #cd9c970a
 class Alarm(NamedTuple):
-    "One sign of masked gradients: whether it was seen, and the numbers."
+    "One sign of masked gradients: whether it was found, and the numbers that decide it."
 
     fired: bool
     evidence: dict[str, float]
@@ -381,7 +381,7 @@ def _probe(model, images, batch_size, seed):
 
 # %% ../nbs/04_evaluation.ipynb #18b4d9fd
 def _second_chance(model, x, y, eps, norm, steps):
-    "PGD with five times the steps and three starts: on the margin, and where that fails on cross-entropy."
+    "PGD with five times the steps and three starts: on the margin and, where that fails, on cross-entropy."
     attack = partial(pgd, model, x, y, eps=eps, norm=norm, steps=5 * steps, restarts=3)
     by_margin, by_ce = (attack(objective=objective) for objective in ("margin", "ce"))
     fooled = (_logits(model, by_margin).argmax(1) != y).view(-1, *[1] * (x.ndim - 1))
@@ -396,13 +396,13 @@ def masking_alarms(
     norm: str = "linf",        # or "l2"
     steps: int = 20,           # of the white-box PGD
     queries: int = 200,        # of the black-box search, for each image
-    surrogate: nn.Module | None = None,  # another network, whose adversarial images are tried as well
-    slack: float = 0.02,       # share of images that may go the wrong way (two always may) before one fires
+    surrogate: nn.Module | None = None,  # another network; its adversarial images are tried as well
+    slack: float = 0.02,       # an alarm needs more than this share of images, and more than two
     batch_size: int = 500,
     seed: int = 0,
     fast: bool = True,
 ) -> dict[str, Alarm]:
-    "Signs that attacks fail for another reason than robustness (Athalye et al. 2018, Carlini et al. 2019)."
+    "Signs that attacks fail for a reason other than robustness (Athalye et al. 2018, Carlini et al. 2019)."
     check_ball(eps, norm, widest=1)
     check_numbers("> 0", eps=eps)
     check_numbers("in [0, 1]", slack=slack)
@@ -446,7 +446,7 @@ def calibration_bins(
     y: Tensor,            # (N,) int64 labels
     bins: int = 10,       # equally wide pieces of [0, 1]
 ) -> tuple[Tensor, Tensor, Tensor]:  # mean confidence, accuracy, share of images: (bins,) each, 0 if empty
-    "What a network's confidence is worth: the points of a reliability diagram (Guo et al. 2017)."
+    "Mean confidence and accuracy in each bin of confidence: a reliability diagram (Guo et al. 2017)."
     check_numbers("whole >= 1", bins=bins)
     _check_logits(logits=logits)
     if y.shape != logits.shape[:1]: raise ValueError(f"y must be {len(logits)} labels, got {describe(y)}")
@@ -494,7 +494,7 @@ def evaluate(
     fast: bool = True,
     checkpoint: str | Path | None = None,  # of autoattack
 ) -> dict[str, float]:           # accuracy, ece, "pgd20-linf-8/255", ..., alarm_... (0.0 or 1.0)
-    "All of this notebook's numbers in one flat dict, ready for a run card."
+    "Accuracy, calibration error, accuracy under attacks and alarms in one flat dict, for a run card."
     attacks = list(attacks)
     names = [attack_name(attack) for attack in attacks]
     if len(set(names)) < len(names): raise ValueError(f"two attacks have the same name: {', '.join(names)}")

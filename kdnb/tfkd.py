@@ -27,10 +27,10 @@ def virtual_teacher(
     num_classes: int,             # K >= 2
     correct_prob: float = 0.99,   # in (1/K, 1]: `a`, the probability of the label before softening
     temperature: float = 20.0,    # > 0
-    softening: str = "probs",     # softmax of "probs" / temperature (paper, code), or of their "logits"
+    softening: str = "probs",     # "probs": softmax(p / temperature); "logits": softmax(log p / temperature)
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:                      # (B, K) probabilities
-    "Softened probabilities: `correct_prob` for the label, the rest shared equally (Yuan et al. 2020, eq. 8)."
+    "Soft labels: `correct_prob` for the label, the rest shared equally, softened (Yuan et al. 2020, eq. 8)."
     check_numbers("whole >= 2", num_classes=num_classes)
     _check_virtual(correct_prob, temperature, softening, num_classes)
     if y.device.type == "cpu": check_labels(y, num_classes)
@@ -54,8 +54,8 @@ def tf_kd_reg_loss(
     temperature: float = 20.0,    # > 0
     correct_prob: float = 0.99,   # see `virtual_teacher`
     softening: str = "probs",
-    variant: str = "paper",       # temperature on both sides; "official": the student stays at 1, KL / K
-    multiplier: float = 1.0,      # > 0: of the KL; up to 100 in the official settings
+    variant: str = "paper",       # "official": student at temperature 1, and the KL divided by K
+    multiplier: float = 1.0,      # > 0: factor of the KL; up to 100 in the official settings
 ) -> Tensor:                      # scalar, nats
     "(1 - alpha) CE + alpha KL(virtual teacher || student) (Yuan et al. 2020, eq. 9)."
     _check_mix(alpha, temperature, variant, multiplier)
@@ -81,8 +81,8 @@ def tf_kd_self_loss(
     *,
     alpha: float = 0.95,          # in [0, 1]: weight of the teacher
     temperature: float = 6.0,     # > 0, on both sides
-    variant: str = "paper",       # a KL; "official": the KL divided by K
-    multiplier: float = 1.0,      # > 0: of the KL; up to 100 in the official settings
+    variant: str = "paper",       # "official": the KL divided by K
+    multiplier: float = 1.0,      # > 0: factor of the KL; up to 100 in the official settings
 ) -> Tensor:                      # scalar, nats
     "(1 - alpha) CE + alpha tau^2 KL(teacher || student), tau the temperature (Yuan et al. 2020, eq. 7)."
     _check_mix(alpha, temperature, variant, multiplier)
@@ -94,10 +94,10 @@ def tf_kd_self_loss(
 def label_smoothing_loss(
     student_logits: Tensor,       # (B, K) raw scores; gradient flows here
     y: Tensor,                    # (B,) int64 labels
-    eps: float = 0.1,             # in [0, 1]: what the label gives away
-    share: str = "all",           # among "all" K classes (PyTorch, the papers), or the K - 1 "wrong" ones
+    eps: float = 0.1,             # in [0, 1]: the probability taken from the label
+    share: str = "all",           # eps goes to "all" K classes (PyTorch, the papers), or to the K - 1 "wrong"
 ) -> Tensor:                      # scalar, nats
-    "Cross-entropy with softened labels (Szegedy et al. 2016, sec. 7)."
+    "Cross-entropy with smoothed labels (Szegedy et al. 2016, sec. 7)."
     check_numbers("in [0, 1]", eps=eps)
     check_choice(("all", "wrong"), share=share)
     check_logits(student_logits=student_logits)
@@ -113,9 +113,9 @@ def equivalent_smoothing(
     num_classes: int,             # K >= 2
     *,
     alpha: float, temperature: float, correct_prob: float = 0.99, softening: str = "probs",
-    multiplier: float = 1.0,      # of the official loss, before its division by K
-) -> tuple[float, float]:         # eps (shared among "all"), and the factor of the whole loss
-    "The label smoothing that the official reg loss is: factor * label_smoothing_loss(eps) + a constant."
+    multiplier: float = 1.0,      # > 0: factor of the KL, before the division by K
+) -> tuple[float, float]:         # eps (for share "all"), and the factor of the whole loss
+    "The eps and factor for which official reg loss = factor * label_smoothing_loss(eps) + a constant."
     y = torch.zeros(1, dtype=torch.long)
     target = virtual_teacher(y, num_classes, correct_prob, temperature, softening, torch.float64)[0]
     _check_mix(alpha, temperature, "official", multiplier)
@@ -137,7 +137,7 @@ class TfKD:
         alpha: float | None = None,    # in [0, 1]: weight of the teacher; None: .1 for "reg", .95 for "self"
         temperature: float | None = None,   # > 0; None: 20 for "reg", 6 for "self"
         correct_prob: float = 0.99, softening: str = "probs",   # of the virtual teacher
-        multiplier: float = 1.0,       # > 0: of the KL
+        multiplier: float = 1.0,       # > 0: factor of the KL
         **recipe,                      # lr, momentum, weight_decay, optimizer, schedule, clip: see `learning`
     ):
         given = dict(alpha=alpha, temperature=temperature, variant=variant, multiplier=multiplier)
@@ -178,16 +178,16 @@ def _settle(mode, teacher, given, correct_prob, softening):
 _PGD7 = partial(pgd, eps=8 / 255, step_size=1.85 * 8 / 255 / 7, steps=7)
 
 class AdversarialTfKD(TfKD):
-    "`TfKD` on adversarial images; a teacher is evaluated on the clean ones (L. T. Zhuo's poster)."
+    "`TfKD` with adversarial images for the student and clean ones for a teacher (L. T. Zhuo's poster)."
 
     def __init__(
         self,
         student: nn.Module,            # (B, C, H, W) in [0, 1] -> (B, K); the network that learns
         teacher: nn.Module | None = None,   # only for mode "self"; usually adversarially trained
         *,
-        attack: Callable = _PGD7,      # (model, x, y) -> x_adv, of the student as it is now
-        attack_mode: str | None = None,     # "eval", "train", "found"; None: as the attack has it
-        fold: bool = False,            # attack a copy with BatchNorm folded in; eval mode only
+        attack: Callable = _PGD7,      # (model, x, y) -> x_adv, against the student as it is now
+        attack_mode: str | None = None,     # "eval", "train", "found": see `frozen`; None: the attack's own
+        fold: bool = False,            # attack a copy with BatchNorm folded in; needs eval mode
         **settings,                    # those of `TfKD`
     ):
         self.attack, self.fold = ready_attack(attack, attack_mode, fold), fold
@@ -200,7 +200,7 @@ class AdversarialTfKD(TfKD):
 
 # %% ../nbs/24_tfkd.ipynb #fdf83469
 def gradient_heatmap(
-    model: nn.Module,              # (B, C, H, W) -> (B, K); left as found
+    model: nn.Module,              # (B, C, H, W) -> (B, K); left unchanged
     batches,                       # of x (B, C, H, W) in [0, 1] and y (B,)
     loss: Callable = F.cross_entropy,   # (logits, y) -> scalar
 ) -> dict[str, dict[str, float]]:  # stage -> layer -> mean |d loss / d weight| over weights and batches
