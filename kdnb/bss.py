@@ -260,7 +260,7 @@ class BSS(_Imitation):
 # %% ../nbs/20_bss.ipynb #09960090
 def mag_sim(
     shift: Tensor,         # (N, ...): perturbations that lead N images to a boundary of one network
-    other_shift: Tensor,   # (N, ...): the same of another network
+    other_shift: Tensor,   # (N, ...): those of another network
 ) -> Tensor:               # (N,) in [0, 1]; 1 where both are zero
     "Similarity of the distances to two boundaries: the smaller by the larger (Heo et al. 2019)."
     check_alike("must have the same shape (N, ...)", shift=shift, other_shift=other_shift)
