@@ -64,8 +64,8 @@ def results_page():
 
     lines = ["# Results", "", "Written by `python docs/pages.py` from the run cards beside this page; "
              "`kdnb results NAME` prints the same tables. All recorded runs were made on a CPU, and are "
-             "smaller than the papers': each row says on which data, for how many seeds, and how long a run took. "
-             "`cifar10-jpeg` is CIFAR-10 with its images stored as JPEG."]
+             "smaller than the papers'. Each row says on which data, for how many seeds, and how long a run "
+             "took. `cifar10-jpeg` is CIFAR-10 with its images stored as JPEG."]
     for name in [p.stem for p in sorted((ROOT / "nbs/results").glob("*.jsonl"))]:
         lines += ["", f"## {title(name)[0]}", ""]
         cards = recorded(name)
