@@ -449,7 +449,7 @@ SECTIONS = """1. The problem
 2. The idea in one picture
 3. The maths
 4. The code next to the maths
-5. Where paper and code part
+5. Where paper and code differ
 6. A toy that shows it
 7. The experiment
 8. The paper's table beside ours
