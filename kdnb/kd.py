@@ -16,7 +16,7 @@ from .learning import freeze, frozen_logits, kl_divergence, learning, train_mode
 # %% ../nbs/10_kd.ipynb #eae95900
 def kd_loss(
     student_logits: Tensor,         # (B, K) raw scores; gradient flows here
-    teacher_logits: Tensor,         # (B, K) raw scores; no hidden detach: freezing is the caller's decision
+    teacher_logits: Tensor,         # (B, K) raw scores; not detached here
     temperature: float = 4.0,       # > 0; 1 is plain KL
     reduction: str = "batchmean",   # "batchmean" is the KL; "mean" also divides by K, as official codes do
 ) -> Tensor:                        # scalar, nats
