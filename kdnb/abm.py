@@ -61,7 +61,7 @@ def generator_loss(
 # %% ../nbs/21_abm.ipynb #1509c2a7
 def abm_student_loss(
     student_logits: Tensor,         # (B, K) raw scores; gradient flows here
-    teacher_logits: Tensor,         # (B, K) raw scores on the same images; no hidden detach
+    teacher_logits: Tensor,         # (B, K) raw scores on the same images; not detached here
     student_maps=None,              # list or dict of (B, D, H, W), needed if beta > 0; gradient flows here
     teacher_maps=None,              # the same layers of the teacher, (B, E, H, W)
     beta: float = 250.0,            # >= 0: weight of attention

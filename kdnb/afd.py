@@ -22,7 +22,7 @@ from .models import features, seeded
 # %% ../nbs/23_afd.ipynb #480a9ab2
 def mutual_loss(
     student_logits: Tensor,     # (B, K) raw scores of the network that learns; gradient flows here
-    peer_logits: Tensor,        # (B, K) of the one it learns from; no hidden detach
+    peer_logits: Tensor,        # (B, K) of the one it learns from; not detached here
     y: Tensor,                  # (B,) int64 labels
     temperature: float = 3.0,   # > 0
     alpha: float = 1.0,         # >= 0: weight of the peer; 1 in the paper

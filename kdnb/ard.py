@@ -23,7 +23,7 @@ from .robust import attacked, ready_attack
 # %% ../nbs/22_ard.ipynb #719b5105
 def ard_loss(
     adv_logits: Tensor,              # (B, K) student's raw scores on x_adv; gradient flows here
-    teacher_logits: Tensor,          # (B, K) teacher's raw scores on x; no hidden detach
+    teacher_logits: Tensor,          # (B, K) teacher's raw scores on x; not detached here
     clean_logits: Tensor | None = None,  # (B, K) student's raw scores on x, for alpha < 1; gradient flows
     y: Tensor | None = None,         # (B,) int64 labels; needed if alpha < 1
     temperature: float = 30.0,       # > 0

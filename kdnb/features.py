@@ -23,7 +23,7 @@ from .models import Normalize, features, seeded
 # %% ../nbs/11_features.ipynb #b11bed32
 def hint_loss(
     student_map: Tensor,                  # (B, D, H, W); gradient flows here
-    teacher_map: Tensor,                  # (B, E, H, W); no hidden detach
+    teacher_map: Tensor,                  # (B, E, H, W); not detached here
     regressor: nn.Module | None = None,   # (B, D, H, W) -> (B, E, H, W), `hint_regressor`; None if D = E
     reduction: str = "mean",              # over all elements (codes); "half_sum": half the sum, mean over B
 ) -> Tensor:                              # scalar
@@ -75,7 +75,7 @@ def to_smallest(
 # %% ../nbs/11_features.ipynb #25ddf826
 def attention_loss(
     student_maps,                 # list or dict of (B, D, H, W); gradient flows here
-    teacher_maps,                 # theirs, pair by pair, (B, E, h, w); no hidden detach
+    teacher_maps,                 # theirs, pair by pair, (B, E, h, w); not detached here
     form: str = "mean_square",    # of the difference (codes); "norm": its l2 length (papers, Zagoruyko eq. 2)
     power: float = 2.0,           # see `attention_map`
 ) -> Tensor:                      # scalar: sum over layers, mean over the batch
@@ -113,7 +113,7 @@ def fsp_matrix(
 # %% ../nbs/11_features.ipynb #ce1e34e6
 def fsp_loss(
     student_maps,   # list or dict of (B, D, H, W), of growing depth; gradient flows here
-    teacher_maps,   # theirs, pair by pair, of any size; the same numbers of channels; no hidden detach
+    teacher_maps,   # theirs, pair by pair, of any size; the same numbers of channels; not detached here
 ) -> Tensor:        # scalar: mean over pairs of neighbouring layers, batch and matrix elements
     "Squared difference of the FSP matrices of neighbouring layers (Yim et al. 2017, eq. 2)."
     pairs = list(_pairs(student_maps, teacher_maps))

@@ -132,7 +132,6 @@ def refused(done, words):
 @pytest.mark.parametrize(
     "words, line",
     [
-        ("", "the following arguments are required"),
         ("rum toy", "invalid choice: 'rum'"),
         ("list 90_tyo", "unknown notebook '90_tyo'; nearest: 90_toy"),
         ("results 90_tyo", "unknown notebook '90_tyo'; nearest: 90_toy"),
