@@ -46,7 +46,7 @@ def discriminator_loss(
 def feature_loss(
     fake: Tensor,   # (B,) in [0, 1]: a discriminator's values for the own maps; gradient flows
 ) -> Tensor:        # scalar in [0, 1]
-    "(1 - D(own))^2: the own maps shall be taken for the peer's (Chung et al. 2020, L_G)."
+    "(1 - D(own))^2: the own maps should be taken for the peer's (Chung et al. 2020, L_G)."
     check_alike("must be (B,)", 1, fake=fake)
     return (1 - full(fake)).square().mean()
 
