@@ -130,7 +130,8 @@ def write(folder):
     shutil.rmtree(folder, ignore_errors=True)
     for part in ("lessons", "api", "pictures", "_static", "extra/notebooks"):
         (folder / part).mkdir(parents=True)
-    shutil.copy(HOME / "conf.py", folder)
+    for name in ("conf.py", "plane.png"):
+        shutil.copy(HOME / name, folder)
     for name in ("site.css", "logo.svg"):
         shutil.copy(HOME / name, folder / "_static")
     for path in HOME.glob("*.md"):
