@@ -92,12 +92,12 @@ def picture_of(name, section, folder):
 
 
 def learn_page(folder):
-    lines = ["# Learn", "", "Each lesson explains one paper, implements it, tests it, runs its experiment,",
-             "in a few minutes at most on a laptop. In this order each stands on what came before.", ""]
+    lines = ["# Learn", "", "Each lesson explains a paper or a few, implements them, tests them and runs their",
+             "experiment, in a few minutes on a laptop. In this order each stands on what came before.", ""]
     for name in LESSONS:
         head, words = title(name)
         lines += [f"## [{head}](lessons/{name}.ipynb)", "", words, "", picture_of(name, 2, folder)]
-    lines += ["## The rooms below", "", "What all lessons use, explained in the same way.", "",
+    lines += ["## Shared building blocks", "", "What all lessons use, explained in the same way.", "",
               "| notebook | what it explains |", "| --- | --- |"]
     lines += [f"| [{title(n)[0]}](lessons/{n}.ipynb) | {title(n)[1]} |" for n in NAMES if n < "1"]
     hidden = "\n".join(f"lessons/{n}" for n in [*LESSONS, *(n for n in NAMES if n < "1")])
