@@ -92,8 +92,9 @@ def picture_of(name, section, folder):
 
 
 def learn_page(folder):
-    lines = ["# Learn", "", "Each lesson explains a paper or a few, implements them, tests them and runs their",
-             "experiment, in a few minutes on a laptop. In this order each stands on what came before.", ""]
+    lines = ["# Learn", "", "Each lesson explains a paper or a few, implements them, tests them and",
+             "runs their experiment, in a few minutes on a laptop. In this order each stands",
+             "on what came before.", ""]
     for name in LESSONS:
         head, words = title(name)
         lines += [f"## [{head}](lessons/{name}.ipynb)", "", words, "", picture_of(name, 2, folder)]
