@@ -194,6 +194,8 @@ def test_version_is_the_same_everywhere():
     init = (ROOT / "kdnb/__init__.py").read_text()
     version = ini["DEFAULT"]["version"]
     assert init.strip() == f'__version__ = "{version}"', "kdnb/__init__.py holds the version alone"
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
 # ---------------------------------------------------------------- the notebooks and the package agree
