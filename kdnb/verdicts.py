@@ -33,10 +33,14 @@ def judge(
     return words, mean, half
 
 # %% ../nbs/05_verdicts.ipynb #b9e2945b
+def _row(rows, preset, metric):  # of the preset as it is shipped; None if it was not recorded
+    found = (r for r in rows if (r["preset"], r["quantity"]) == (preset, metric))
+    return next((r for r in found if "=" not in r["protocol"]), None)
+
 def _by_seed(rows, preset, metric):  # seed -> value; a number is the same for all seeds
     if not isinstance(metric, str): return metric
-    found = [r for r in rows if (r["preset"], r["quantity"]) == (preset, metric) and "=" not in r["protocol"]]
-    return dict(zip(found[0]["seeds"], found[0]["values"], strict=True)) if found else {}
+    row = _row(rows, preset, metric)
+    return dict(zip(row["seeds"], row["values"], strict=True)) if row else {}
 
 def _answer(claim, rows):  # the columns ours and verdict
     if "preset" not in claim: return claim.get("why", ""), "not run"
@@ -48,7 +52,9 @@ def _answer(claim, rows):  # the columns ours and verdict
     verdict, mean, half = judge(differences, claim.get("by"), claim.get("within"))
     means = f"{fmean(ours[s] for s in seeds):.4g} against {fmean(than[s] for s in seeds):.4g}"
     spread = f" ± {half:.2g}" if half is not None else ""
-    return f"{means}: {mean:+.2g}{spread} ({claim['preset']}, n = {len(seeds)})", verdict
+    needed = f"within {claim['within']:g}" if claim.get("within") else f"{claim['by']:+g}"
+    where = _row(rows, claim["preset"], claim["ours"])["protocol"]
+    return f"{means}: {mean:+.2g}{spread}, needed {needed} ({where}, n = {len(seeds)})", verdict
 
 # %% ../nbs/05_verdicts.ipynb #a6a75fcc
 class Verdicts:
