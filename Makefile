@@ -79,7 +79,6 @@ test: $(VENV)/.dev-ok
 
 # What a contributor runs before a commit; `make test` is everything.
 check: export
-	@$(BIN)/ruff check nbs kdnb tests docs
 	@OMP_NUM_THREADS=1 JOBS=$(JOBS) $(BIN)/python -m pytest -q $$($(BIN)/python tests/changed.py) $(PYTEST)
 
 # ---- what an author wants

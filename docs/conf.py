@@ -34,8 +34,7 @@ python_maximum_signature_line_length = 88
 
 
 def mathml(self, node, display):
-    latex = re.sub(r"\\begin\{split\}|\\end\{split\}", "", node.astext())
-    latex = re.sub(r"\\tag\{(.*?)\}", r"\\qquad\\text{(\1)}", latex)
+    latex = re.sub(r"\\tag\{(.*?)\}", r"\\qquad\\text{(\1)}", node.astext())
     if display == "block": latex = latex.replace(r"\tfrac", r"\frac")
     self.body.append(convert(latex, display=display))
     raise nodes.SkipNode

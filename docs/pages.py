@@ -8,6 +8,7 @@ import base64
 import json
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 HOME = Path(__file__).resolve().parent
@@ -22,7 +23,9 @@ FLOORS = {
 LESSONS = ["10_kd", "20_bss", "21_abm", "22_ard", "23_afd", "24_tfkd"]
 
 
+@cache
 def notebook(name):
+    "As the file has it; callers change a copy."
     return json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8"))
 
 

@@ -163,7 +163,7 @@ def write_colab(folder):
     "The notebooks, each with a first cell that installs kdnb."
     folder.mkdir(parents=True, exist_ok=True)
     for name in NAMES:
-        nb = notebook(name)
+        nb = copy.deepcopy(notebook(name))
         nb["cells"].insert(0, cell("code", INSTALL, id="install", execution_count=None, outputs=[]))
         (folder / f"{name}.ipynb").write_text(json.dumps(nb, indent=1, ensure_ascii=False), encoding="utf-8")
 

@@ -34,6 +34,11 @@ SETTINGS = {
 }
 
 
+def chromium():
+    "The browser on the PATH, or None."
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -88,9 +93,7 @@ def run_all(url, port, shots, limit, width, height):
             outside.append(request.url)
 
     with sync_playwright() as p:
-        names = ("chromium", "chromium-browser", "google-chrome")
-        chromium = next(filter(None, map(shutil.which, names)), None)
-        browser = p.chromium.launch(executable_path=chromium, args=QUIET)
+        browser = p.chromium.launch(executable_path=chromium(), args=QUIET)
         page = browser.new_page(viewport={"width": width, "height": height})
         page.on("request", note)
         page.goto(url)

@@ -2,7 +2,6 @@
 
 import functools
 import http.server
-import shutil
 import subprocess
 import sys
 import threading
@@ -11,6 +10,7 @@ from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
+from lab_run import QUIET, chromium
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = "http://here/"
@@ -84,12 +84,11 @@ def address(site):
 @pytest.fixture
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="a browser is driven by kdnb[lab]")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None: pytest.skip("no Chromium on the PATH")
+    if chromium() is None: pytest.skip("no Chromium on the PATH")
     with playwright.sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
-        yield chromium
-        chromium.close()
+        found = p.chromium.launch(executable_path=chromium(), args=QUIET)
+        yield found
+        found.close()
 
 
 @pytest.mark.parametrize("width", [1280, 390])
